@@ -1,0 +1,268 @@
+"""The only file that knows JAX's internals and how they differ between versions.
+
+Everything else in the project reaches private parts of JAX through the names defined here, so that a new JAX release is
+met in one place. Supported: JAX 0.10.2 (Python 3.11) and 0.12.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import config as _config
+from jax._src import core as _core
+from jax._src import effects as _effects
+from jax._src import source_info_util as _source
+from jax._src.ad_checkpoint import remat_p
+from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import partial_eval as pe
+from jax._src.lax import lax as _lax
+from jax._src.lax.control_flow import conditionals as _conditionals
+from jax._src.pjit import jit_p
+from jax._src.state.types import AbstractRef, RefEffect
+from jax.extend import core as jex
+from jax.extend.core import primitives as _primitives
+
+Primitive = jex.Primitive
+Jaxpr = jex.Jaxpr
+ClosedJaxpr = jex.ClosedJaxpr
+Literal = jex.Literal
+DropVar = jex.DropVar
+cond_p = _conditionals.cond_p
+
+__all__ = [
+    "ClosedJaxpr",
+    "DropVar",
+    "Jaxpr",
+    "Literal",
+    "Primitive",
+    "ad",
+    "batching",
+    "cond_p",
+    "mlir",
+    "pe",
+    "remat_p",
+]
+
+
+# -- primitives -------------------------------------------------------------------------------------------------------
+
+# JAX renames primitives between releases; the graph always says these names.
+_ALIASES = {"pjit": "jit", "checkpoint": "remat", "remat2": "remat", "eval_jaxpr": "closed_call"}
+
+
+def _known_primitives() -> dict[Primitive, str]:
+    found = [getattr(_primitives, name) for name in dir(_primitives) if name.endswith("_p")]
+    found += [_lax.optimization_barrier_p, jit_p, remat_p, _core.call_p, _core.closed_call_p]
+    return {p: _ALIASES.get(p.name, p.name) for p in found if isinstance(p, Primitive)}
+
+
+_OPERATIONS = _known_primitives()
+
+
+def operation(primitive: Primitive) -> str:
+    """The name rules know a primitive by; foreign primitives get a name no rule can match by accident."""
+    return _OPERATIONS.get(primitive) or f"{primitive.name}@{type(primitive).__module__}:{id(primitive):x}"
+
+
+def primitive_named(name: str) -> Primitive:
+    """The JAX primitive behind one of the names of :func:`operation`."""
+    for primitive, known in _OPERATIONS.items():
+        if known == name:
+            return primitive
+    raise KeyError(f"JAX {jax.__version__} has no primitive called {name!r}")
+
+
+def bind(primitive: Primitive, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Binds a primitive as ``jax.core.eval_jaxpr`` does and returns its results as a list."""
+    out = primitive.bind(*inputs, **primitive.get_bind_params(params))
+    return list(out) if primitive.multiple_results else [out]
+
+
+# -- jaxprs -----------------------------------------------------------------------------------------------------------
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """The equations of an open or closed jaxpr, with the constants that belong to it."""
+    if hasattr(jaxpr, "jaxpr"):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, getattr(jaxpr, "consts", ())
+
+
+def close_jaxpr(jaxpr: Any) -> ClosedJaxpr:
+    """An open jaxpr without constants as a closed one; closed ones come back unchanged."""
+    return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
+
+
+def make_jaxpr(fun: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> ClosedJaxpr:
+    """Traces a function of flat arguments to a closed jaxpr, keeping the arguments' weak types."""
+    return jax.make_jaxpr(fun)(*map(to_struct, avals))
+
+
+def to_struct(aval: Any) -> Any:
+    """An aval in the form that ``jax.make_jaxpr`` and ``jax.jit(...).lower`` take as an abstract argument."""
+    if isinstance(aval, jax.ShapeDtypeStruct) or not isinstance(aval, jax.core.ShapedArray):
+        return aval
+    sharding = None
+    if getattr(aval.sharding, "mesh", None) is not None and not aval.sharding.mesh.empty:
+        sharding = aval.sharding
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
+
+
+def jaxpr_as_fun(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """The function that a closed jaxpr stands for."""
+    return jex.jaxpr_as_fun(closed)
+
+
+def without_constvars(closed: ClosedJaxpr) -> tuple[Jaxpr, list[Any]]:
+    """An open jaxpr whose constants have become leading inputs, and those constants."""
+    jaxpr, consts = open_jaxpr(closed)
+    if not consts:
+        return jaxpr, []
+    return pe.convert_constvars_jaxpr(jaxpr), list(consts)
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a ``scan`` equation are loop constants, and how many are carries."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
+def uses_refs(closed: ClosedJaxpr) -> bool:
+    """Whether a program reads or writes mutable arrays (Refs), which are left alone."""
+    jaxpr, _ = open_jaxpr(closed)
+    if any(isinstance(v.aval, AbstractRef) for v in (*jaxpr.invars, *jaxpr.constvars)):
+        return True
+    return any(
+        isinstance(e, RefEffect)
+        or any(isinstance(v.aval, AbstractRef) for v in eqn.outvars)
+        or any(isinstance(e, RefEffect) for e in eqn.effects)
+        for eqn in jaxpr.eqns
+        for e in (eqn.effects or (None,))
+    )
+
+
+def has_ordered_effects(effects: Any) -> bool:
+    """Whether a set of effects must be executed in program order."""
+    return bool(_effects.ordered_effects.filter_in(effects))
+
+
+def is_inlinable_call(params: dict[str, Any]) -> bool:
+    """Whether a ``jit`` equation asks for nothing but its body: no shardings, layouts, donation or options."""
+
+    def unspecified(values: Sequence[Any]) -> bool:
+        return all(v is None or type(v).__name__ == "UnspecifiedValue" for v in values)
+
+    mesh = params.get("ctx_mesh")
+    return (
+        unspecified(params.get("in_shardings", ()))
+        and unspecified(params.get("out_shardings", ()))
+        and unspecified(params.get("in_layouts", ()))
+        and unspecified(params.get("out_layouts", ()))
+        and not any(params.get("donated_invars", ()))
+        and not params.get("compiler_options_kvs")
+        and (mesh is None or mesh.empty)
+    )
+
+
+# -- context and source -----------------------------------------------------------------------------------------------
+
+
+def current_context() -> Any:
+    """What an equation traced now would record besides its parameters (threefry mode, mesh, metadata, ...)."""
+    return _core.JaxprEqnContext()
+
+
+def context_key(context: Any) -> Any:
+    """A hashable stand-in for an equation context: equal keys mean equal contexts."""
+    return tuple(
+        (slot, repr(getattr(context, slot, None)))
+        for slot in type(context).__slots__
+        if slot not in ("__weakref__", "configs")
+    )
+
+
+@contextlib.contextmanager
+def at_source(source: Any, context: Any) -> Iterator[None]:
+    """Traces what is inside as if it stood at the given source line, in the given equation context."""
+    stack = _source.current_name_stack() + source.name_stack
+    with _source.user_context(source.traceback, name_stack=stack), context.manager:
+        yield
+
+
+def nested_source(outer: Any, inner: Any) -> Any:
+    """The source of an equation inside an inlined call: its own line under the call's name stack."""
+    if outer is None or not outer.name_stack.stack:
+        return inner
+    return inner.replace(name_stack=outer.name_stack + inner.name_stack)
+
+
+def source_line(source: Any) -> str:
+    """The user's ``file:line (function)`` that an equation came from, or an empty string."""
+    return _source.summarize(source) if source is not None else ""
+
+
+def new_source() -> Any:
+    """The source information of the code being traced right now."""
+    return _source.current()
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def aval_of(value: Any) -> Any:
+    """The abstract value of an array, scalar, tracer or literal."""
+    return _core.typeof(value)
+
+
+def with_aval(value: Any, aval: Any) -> Any:
+    """The value with the weak type of ``aval``; dtype and shape must agree already."""
+    have = aval_of(value)
+    if getattr(have, "weak_type", False) == getattr(aval, "weak_type", False):
+        return value
+    return _lax._convert_element_type(value, aval.dtype, weak_type=aval.weak_type)
+
+
+def same_type(a: Any, b: Any) -> bool:
+    """Whether two avals agree in shape and dtype (weak types and shardings aside)."""
+    if isinstance(a, jax.core.ShapedArray) and isinstance(b, jax.core.ShapedArray):
+        return a.shape == b.shape and a.dtype == b.dtype
+    return a == b
+
+
+def is_extended(dtype: Any) -> bool:
+    """Whether a dtype is one of JAX's own (typed random keys), which NumPy does not know."""
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether a value can be looked at now (it is no tracer)."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+# -- traces -----------------------------------------------------------------------------------------------------------
+
+
+def under_trace() -> bool:
+    """Whether someone's transformation or jit is tracing right now."""
+    return not _core.trace_state_clean()
+
+
+def jit_disabled() -> bool:
+    """Whether the user asked for op-by-op execution (``jax.disable_jit``)."""
+    return bool(_config.disable_jit.value)
+
+
+def settings_key() -> tuple[Any, ...]:
+    """The configuration that changes what a trace or a compilation gives."""
+    return (
+        jax.config.jax_enable_x64,
+        jax.config.jax_default_matmul_precision,
+        jax.config.jax_numpy_dtype_promotion,
+        jax.config.jax_default_prng_impl,
+        jax.config.jax_threefry_partitionable,
+    )
