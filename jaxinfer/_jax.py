@@ -7,6 +7,7 @@ met in one place. Supported: JAX 0.10.2 (Python 3.11) and 0.12.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as _lax
 from jax._src.lax.control_flow import conditionals as _conditionals
-from jax._src.pjit import jit_p
 from jax._src.state.types import AbstractRef, RefEffect
 from jax.extend import core as jex
 from jax.extend.core import primitives as _primitives
@@ -53,26 +53,33 @@ __all__ = [
 _ALIASES = {"pjit": "jit", "checkpoint": "remat", "remat2": "remat", "eval_jaxpr": "closed_call"}
 
 
-def _known_primitives() -> dict[Primitive, str]:
-    found = [getattr(_primitives, name) for name in dir(_primitives) if name.endswith("_p")]
-    found += [_lax.optimization_barrier_p, jit_p, remat_p, _core.call_p, _core.closed_call_p]
-    return {p: _ALIASES.get(p.name, p.name) for p in found if isinstance(p, Primitive)}
+def _find_name(primitive: Primitive) -> str:
+    """JAX's own primitives go by their name; a foreign one gets a name that no rule can match by accident."""
+    if primitive in _PUBLIC or any(
+        found is primitive
+        for name, module in list(sys.modules.items())
+        if name.startswith("jax._src.") and module is not None
+        for found in vars(module).values()
+    ):
+        return _ALIASES.get(primitive.name, primitive.name)
+    return f"{primitive.name}@{type(primitive).__module__}:{id(primitive):x}"
 
 
-_OPERATIONS = _known_primitives()
+_PUBLIC = frozenset(getattr(_primitives, name) for name in dir(_primitives) if name.endswith("_p"))
+_OPERATIONS: dict[Primitive, str] = {}
 
 
 def operation(primitive: Primitive) -> str:
-    """The name rules know a primitive by; foreign primitives get a name no rule can match by accident."""
-    return _OPERATIONS.get(primitive) or f"{primitive.name}@{type(primitive).__module__}:{id(primitive):x}"
+    """The name rules know a primitive by, the same in every JAX version."""
+    name = _OPERATIONS.get(primitive)
+    if name is None:
+        name = _OPERATIONS[primitive] = _find_name(primitive)
+    return name
 
 
-def primitive_named(name: str) -> Primitive:
-    """The JAX primitive behind one of the names of :func:`operation`."""
-    for primitive, known in _OPERATIONS.items():
-        if known == name:
-            return primitive
-    raise KeyError(f"JAX {jax.__version__} has no primitive called {name!r}")
+def register_operation(primitive: Primitive, name: str) -> None:
+    """Makes one of this project's own primitives known by name."""
+    _OPERATIONS[primitive] = name
 
 
 def bind(primitive: Primitive, inputs: Sequence[Any], params: dict[str, Any]) -> list[Any]:
@@ -266,3 +273,8 @@ def settings_key() -> tuple[Any, ...]:
         jax.config.jax_default_prng_impl,
         jax.config.jax_threefry_partitionable,
     )
+
+
+def is_inexact(dtype: Any) -> bool:
+    """Whether a dtype is a floating-point or complex one, JAX's own small ones included."""
+    return jax.numpy.issubdtype(dtype, jax.numpy.inexact)

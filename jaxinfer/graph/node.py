@@ -169,9 +169,7 @@ class Graph:
 
     def count(self, *ops: str) -> int:
         """How many nodes, nested graphs included, have one of the given operations."""
-        return sum(
-            (node.op in ops) + sum(g.count(*ops) for g in node.subgraphs) for node in self.nodes
-        )
+        return sum((node.op in ops) + sum(g.count(*ops) for g in node.subgraphs) for node in self.nodes)
 
     def walk(self) -> Iterator[Node]:
         """All nodes, those of nested graphs after the node that holds them."""
@@ -236,7 +234,11 @@ class GraphBuilder:
     def add(self, node: Node) -> Node:
         """Lists a finished node, whose inputs belong to this builder, and returns the node that stands for it."""
         if node.op in ("input", "const"):
-            return node if node.op == "input" else self._intern(("const", *_const_key(node.value, node.aval)), node)
+            return (
+                node
+                if node.op == "input"
+                else self._intern(("const", *_const_key(node.value, node.aval)), node)
+            )
         if node.is_pure:
             key = (node.primitive, node.inputs, params_key(node.params), context_key(node.context))
             node = self._intern(key, node)
@@ -315,7 +317,11 @@ def param_key(value: Any) -> Any:
 
 def _const_key(value: Any, aval: Any) -> tuple[Any, ...]:
     kind = (getattr(aval, "shape", None), str(getattr(aval, "dtype", "")), getattr(aval, "weak_type", False))
-    if hasattr(aval, "shape") and not _jax.is_extended(aval.dtype) and int(np.prod(aval.shape)) <= INLINE_ELEMENTS:
+    if (
+        hasattr(aval, "shape")
+        and not _jax.is_extended(aval.dtype)
+        and int(np.prod(aval.shape)) <= INLINE_ELEMENTS
+    ):
         return (*kind, np.asarray(value).tobytes())
     return (*kind, id(value))
 

@@ -32,9 +32,7 @@ def trace(jaxpr: Any, known: Mapping[int, Any] | None = None, *, keep_custom: bo
         for i, v in enumerate(open_.invars)
     ]
     outputs = splice(builder, open_, consts, arguments, keep_custom=keep_custom)
-    return builder.build(
-        outputs, origin=None if known else jaxpr, out_avals=[v.aval for v in open_.outvars]
-    )
+    return builder.build(outputs, origin=None if known else jaxpr, out_avals=[v.aval for v in open_.outvars])
 
 
 def trace_function(fun: Callable[..., Any], *avals: Any) -> Graph:

@@ -1,0 +1,287 @@
+"""The driver that applies rules.
+
+A pass walks the nodes in program order, asks the rules registered for each node's operation, and splices in what the
+first one that matches gives. Passes repeat until nothing fires. Only nodes near something that changed are asked again,
+so the cost grows with the program and the number of rewrites, not with their product. A set of rules that never comes
+to an end is noticed and reported with the names of the rules that keep firing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from jaxinfer import _jax
+from jaxinfer.graph import Graph, GraphBuilder, Node, Value, splice
+from jaxinfer.graph.node import context_key, params_key
+from jaxinfer.rewriting.pattern import Match
+from jaxinfer.rewriting.rule import Find, Rule, RuleError
+
+# A node is asked again when something changed within this many operations below it: the deepest pattern looks this far.
+_REACH = 6
+# Chains shrink by half in each pass at worst, so a program of a million nodes is done long before this.
+_MAX_PASSES = 200
+_LOOK_FOR_LOOPS_AFTER = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """What a rule would put in the place of a match.
+
+    Attributes:
+        rule: the rule.
+        roots: the values to replace.
+        arguments: the values the new form is computed from.
+        jaxpr: the new form, a closed jaxpr from ``arguments`` to ``roots``.
+    """
+
+    rule: Rule
+    roots: tuple[Value, ...]
+    arguments: tuple[Value, ...]
+    jaxpr: Any
+
+
+@dataclass
+class Log:
+    """Which rules fired, how often, and where.
+
+    Attributes:
+        fired: times each rule changed the program.
+        lines: the user's source lines where it did.
+    """
+
+    fired: Counter[str] = field(default_factory=Counter)
+    lines: dict[str, set[str]] = field(default_factory=dict)
+
+    def note(self, replacement: Replacement) -> None:
+        """Counts one rewrite."""
+        name = replacement.rule.name
+        self.fired[name] += 1
+        lines = self.lines.setdefault(name, set())
+        if len(lines) < 8:
+            lines.add(_jax.source_line(replacement.roots[0].node.source))
+
+
+Decide = Callable[[Graph, Node], Replacement | None]
+
+
+class Rewriter:
+    """Applies a set of rules.
+
+    Args:
+        rules: the rules; ``replace`` ones are run by :meth:`fixpoint`, ``offer`` ones listed by :meth:`offers`.
+    """
+
+    def __init__(self, rules: Iterable[Rule]):
+        self.rules = tuple(rules)
+        self.log = Log()
+        self._replace = _by_operation(r for r in self.rules if r.kind == "replace")
+        self._offer = _by_operation(r for r in self.rules if r.kind == "offer")
+        self._traced: dict[Any, Any] = {}
+        self._finished: dict[Graph, Graph] = {}
+
+    def fixpoint(self, graph: Graph) -> Graph:
+        """Applies the ``replace`` rules until none fires, in nested graphs first.
+
+        Raises:
+            RuleError: if the rules never come to an end.
+        """
+        if graph in self._finished:
+            return self._finished[graph]
+        original, seen, recent = graph, set[str](), Counter[str]()
+        dirty: set[Node] | None = None
+        for count in range(_MAX_PASSES + 1):
+            before = self.log.fired.copy()
+            new = self._pass(graph, self._first_replacement, self.fixpoint, dirty)
+            if new is graph:
+                break
+            recent = self.log.fired - before
+            dirty = _dirty(graph, new)
+            graph = new
+            if count >= _LOOK_FOR_LOOPS_AFTER:
+                text = graph.fingerprint or str(graph)
+                if text in seen or count == _MAX_PASSES:
+                    names = ", ".join(sorted(recent)) or "unknown rules"
+                    raise RuleError(
+                        f"rewriting never ends: {names} keep undoing each other; remove one of them"
+                    )
+                seen.add(text)
+        self._finished[original] = self._finished[graph] = graph
+        return graph
+
+    def offers(self, graph: Graph) -> dict[Node, list[Replacement]]:
+        """The other forms that ``offer`` rules have for each node, nested graphs included."""
+        found: dict[Node, list[Replacement]] = {}
+        for node in graph.nodes:
+            for sub in node.subgraphs:
+                found.update(self.offers(sub))
+            for rule in self._offer.get(node.op, ()):
+                if (replacement := self._replacement(rule, graph, node)) is not None:
+                    found.setdefault(node, []).append(replacement)
+        return found
+
+    def apply(self, graph: Graph, chosen: Mapping[Node, Replacement]) -> Graph:
+        """Puts chosen forms in place; a choice whose place another one took is left out."""
+        if not chosen:
+            return graph
+        return self._pass(graph, lambda _, node: chosen.get(node), lambda sub: self.apply(sub, chosen), None)
+
+    # -- one pass --
+
+    def _pass(
+        self,
+        graph: Graph,
+        decide: Decide,
+        nested: Callable[[Graph], Graph],
+        dirty: set[Node] | None,
+    ) -> Graph:
+        builder = GraphBuilder()
+        builder.inputs = list(graph.inputs)
+        moved: dict[Value, Value] = {}
+        changed = False
+
+        def now(value: Value) -> Value:
+            return moved.get(value, value)
+
+        def ready(value: Value) -> bool:
+            return value in moved or value.node.op in ("const", "input")
+
+        for node in graph.nodes:
+            results = [Value(node, i) for i in range(len(node.avals))]
+            if results and all(v in moved for v in results) and node.is_pure:
+                continue
+            asked = dirty is None or node in dirty
+            replacement = decide(graph, node) if asked else None
+            if replacement is not None and all(ready(v) for v in replacement.arguments):
+                jaxpr, consts = _jax.open_jaxpr(replacement.jaxpr)
+                values = splice(builder, jaxpr, consts, [now(v) for v in replacement.arguments])
+                moved.update(zip(replacement.roots, values))
+                self.log.note(replacement)
+                changed = True
+                if all(v in moved for v in results):
+                    continue
+            subs = {g: nested(g) for g in node.subgraphs}
+            params = node.params
+            if any(old is not new for old, new in subs.items()):
+                params = {k: _swap(v, subs) for k, v in node.params.items()}
+                changed = True
+            inputs = [now(v) for v in node.inputs]
+            extra = {} if params is node.params else {"params": params}
+            new = builder.copy(node, inputs, **extra)
+            changed = changed or new is not node
+            for i, result in enumerate(results):
+                moved.setdefault(result, Value(new, i))
+        if not changed:
+            return graph
+        return builder.build([now(v) for v in graph.outputs], out_avals=graph.out_avals)
+
+    def _first_replacement(self, graph: Graph, node: Node) -> Replacement | None:
+        for rule in self._replace.get(node.op, ()):
+            if (replacement := self._replacement(rule, graph, node)) is not None:
+                return replacement
+        return None
+
+    def _replacement(self, rule: Rule, graph: Graph, node: Node) -> Replacement | None:
+        if not node.is_pure:
+            return None
+        m = rule.match(graph, node)
+        if m is None:
+            return None
+        key = _trace_key(rule, m)
+        if key is None or key not in self._traced:
+            jaxpr = _trace_after(rule, m)
+            if key is not None:
+                self._traced[key] = jaxpr
+        else:
+            jaxpr = self._traced[key]
+        if jaxpr is None:
+            return None
+        return Replacement(rule, m.roots, tuple(m.values.values()), jaxpr)
+
+
+def _trace_after(rule: Rule, m: Match) -> Any:
+    """The replacement as a closed jaxpr from the variables of the match to its roots, or None where it declines."""
+    declined = False
+
+    def after(*arguments: Any) -> Sequence[Any]:
+        nonlocal declined
+        result = rule.after(m, **dict(zip(m.values, arguments)))
+        if result is None:
+            declined = True
+            return ()
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    root = m.roots[0].node
+    try:
+        with _jax.at_source(root.source, root.context):
+            jaxpr = _jax.make_jaxpr(after, [v.aval for v in m.values.values()])
+    except jax.core.InconclusiveDimensionOperation:
+        return None
+    if declined:
+        return None
+    have = [v.aval for v in _jax.open_jaxpr(jaxpr)[0].outvars]
+    want = [v.aval for v in m.roots]
+    if len(have) != len(want) or not all(map(_jax.same_type, have, want)):
+        where = _jax.source_line(root.source)
+        raise RuleError(f"rule {rule.name!r} at {root!r} {where} gives {have} where {want} was needed")
+    return jaxpr
+
+
+def _trace_key(rule: Rule, m: Match) -> Any:
+    """What the replacement may depend on, for rules whose replacement can be traced once and used again."""
+    if isinstance(rule.before, Find) or rule.reads_values:
+        return None
+    nodes = [m.roots[0].node, *m.nodes.values()]
+    return (
+        rule,
+        tuple((n.op, params_key(n.params), tuple(map(str, n.avals))) for n in nodes),
+        tuple(m.nodes),
+        tuple((name, str(v.aval), getattr(v.aval, "weak_type", None)) for name, v in m.values.items()),
+        _same_values(m),
+        context_key(m.roots[0].node.context),
+    )
+
+
+def _same_values(m: Match) -> tuple[int, ...]:
+    values = list(m.values.values())
+    return tuple(values.index(v) for v in values)
+
+
+def _by_operation(rules: Iterable[Rule]) -> dict[str, list[Rule]]:
+    table: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for op in rule.ops:
+            table.setdefault(op, []).append(rule)
+    return table
+
+
+def _swap(param: Any, subs: Mapping[Graph, Graph]) -> Any:
+    if isinstance(param, Graph):
+        return subs[param]
+    if isinstance(param, tuple) and any(isinstance(p, Graph) for p in param):
+        return tuple(subs[p] if isinstance(p, Graph) else p for p in param)
+    return param
+
+
+def _dirty(old: Graph, new: Graph) -> set[Node]:
+    """The nodes of ``new`` at which a rule could match that could not before: new ones, those whose operands' uses
+    changed, and what is built on them within the reach of a pattern."""
+    previous = set(old.nodes)
+    front = {n for n in new.nodes if n not in previous}
+    for value, uses in new.uses.items():
+        if value.node in previous or not value.node.inputs:
+            before = old.uses.get(value, ())
+            if len(before) != len(uses) or any(u not in previous for u, _ in uses if u is not None):
+                front.add(value.node)
+    dirty = set(front)
+    users: dict[Node, list[Node]] = {}
+    for value, uses in new.uses.items():
+        users.setdefault(value.node, []).extend(u for u, _ in uses if u is not None)
+    for _ in range(_REACH):
+        front = {u for n in front for u in users.get(n, ())} - dirty
+        dirty |= front
+    return dirty
