@@ -27,17 +27,13 @@ def check(graph: Graph) -> None:
                 node,
                 f"uses {value.node!r} before it is computed",
             )
-            _require(
-                value.index < len(value.node.avals), node, f"uses result {value.index} of {value.node!r}"
-            )
+            _require(value.index < len(value.node.avals), node, f"uses result {value.index} of {value.node!r}")
         _check_nested(node)
         available.add(node)
     for value, aval in zip(graph.outputs, graph.out_avals, strict=True):
         known = value.node.is_const or value.node in available
         _require(known, value.node, "is an output but never computed")
-        _require(
-            _jax.same_type(value.aval, aval), value.node, f"is an output of type {value.aval}, not {aval}"
-        )
+        _require(_jax.same_type(value.aval, aval), value.node, f"is an output of type {value.aval}, not {aval}")
 
 
 def _check_nested(node: Node) -> None:
@@ -45,13 +41,9 @@ def _check_nested(node: Node) -> None:
         check(sub)
     if node.op == "scan":
         body, consts, carries = node.params["body"], node.params["num_consts"], node.params["num_carry"]
-        _require(
-            len(body.inputs) == len(node.inputs), node, "and its body take different numbers of operands"
-        )
+        _require(len(body.inputs) == len(node.inputs), node, "and its body take different numbers of operands")
         _same(node, [n.aval for n in body.inputs[consts : consts + carries]], body.out_avals[:carries])
-        _same(
-            node, _types(node.inputs[: consts + carries]), [n.aval for n in body.inputs[: consts + carries]]
-        )
+        _same(node, _types(node.inputs[: consts + carries]), [n.aval for n in body.inputs[: consts + carries]])
     elif node.op == "while":
         body, consts = node.params["body"], node.params["body_nconsts"]
         _same(node, [n.aval for n in body.inputs[consts:]], body.out_avals)
@@ -67,9 +59,7 @@ def _types(values: tuple[Value, ...]) -> list[object]:
 
 def _same(node: Node, have: object, want: object) -> None:
     pairs = list(zip(have, want, strict=True))  # type: ignore[call-overload]
-    _require(
-        all(_jax.same_type(a, b) for a, b in pairs), node, f"has operands or results of other types: {pairs}"
-    )
+    _require(all(_jax.same_type(a, b) for a, b in pairs), node, f"has operands or results of other types: {pairs}")
 
 
 def _require(condition: bool, node: Node, what: str) -> None:

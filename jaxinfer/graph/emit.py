@@ -35,9 +35,7 @@ def emit(graph: Graph) -> Callable[..., list[Any]]:
 def run(graph: Graph, weights: Mapping[Node, Any], *inputs: Any) -> list[Any]:
     """Binds the operations of a graph on the given values; constants not in ``weights`` are used as they are."""
     outputs = interpret(graph, Emit(weights), *inputs)
-    return [
-        _jax.with_aval(x, aval) if hasattr(aval, "dtype") else x for x, aval in zip(outputs, graph.out_avals)
-    ]
+    return [_jax.with_aval(x, aval) if hasattr(aval, "dtype") else x for x, aval in zip(outputs, graph.out_avals)]
 
 
 class Emit(Domain[Any]):
@@ -143,6 +141,4 @@ def _weights_of(graphs: Sequence[Graph]) -> list[Node]:
 
 def _typed(values: Sequence[Any], inputs: Sequence[Node]) -> tuple[Any, ...]:
     """Values with exactly the avals of the graph inputs they go to: loop carries must keep their weak types."""
-    return tuple(
-        _jax.with_aval(x, node.aval) if hasattr(node.aval, "dtype") else x for x, node in zip(values, inputs)
-    )
+    return tuple(_jax.with_aval(x, node.aval) if hasattr(node.aval, "dtype") else x for x, node in zip(values, inputs))

@@ -234,11 +234,7 @@ class GraphBuilder:
     def add(self, node: Node) -> Node:
         """Lists a finished node, whose inputs belong to this builder, and returns the node that stands for it."""
         if node.op in ("input", "const"):
-            return (
-                node
-                if node.op == "input"
-                else self._intern(("const", *_const_key(node.value, node.aval)), node)
-            )
+            return node if node.op == "input" else self._intern(("const", *_const_key(node.value, node.aval)), node)
         if node.is_pure:
             key = (node.primitive, node.inputs, params_key(node.params), context_key(node.context))
             node = self._intern(key, node)
@@ -317,11 +313,7 @@ def param_key(value: Any) -> Any:
 
 def _const_key(value: Any, aval: Any) -> tuple[Any, ...]:
     kind = (getattr(aval, "shape", None), str(getattr(aval, "dtype", "")), getattr(aval, "weak_type", False))
-    if (
-        hasattr(aval, "shape")
-        and not _jax.is_extended(aval.dtype)
-        and int(np.prod(aval.shape)) <= INLINE_ELEMENTS
-    ):
+    if hasattr(aval, "shape") and not _jax.is_extended(aval.dtype) and int(np.prod(aval.shape)) <= INLINE_ELEMENTS:
         return (*kind, np.asarray(value).tobytes())
     return (*kind, id(value))
 

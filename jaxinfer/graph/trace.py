@@ -28,8 +28,7 @@ def trace(jaxpr: Any, known: Mapping[int, Any] | None = None, *, keep_custom: bo
     open_, consts = _jax.open_jaxpr(jaxpr)
     builder = GraphBuilder()
     arguments = [
-        builder.const(known[i], v.aval) if i in known else builder.input(v.aval)
-        for i, v in enumerate(open_.invars)
+        builder.const(known[i], v.aval) if i in known else builder.input(v.aval) for i, v in enumerate(open_.invars)
     ]
     outputs = splice(builder, open_, consts, arguments, keep_custom=keep_custom)
     return builder.build(outputs, origin=None if known else jaxpr, out_avals=[v.aval for v in open_.outvars])

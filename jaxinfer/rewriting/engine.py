@@ -106,9 +106,7 @@ class Rewriter:
                 text = graph.fingerprint or str(graph)
                 if text in seen or count == _MAX_PASSES:
                     names = ", ".join(sorted(recent)) or "unknown rules"
-                    raise RuleError(
-                        f"rewriting never ends: {names} keep undoing each other; remove one of them"
-                    )
+                    raise RuleError(f"rewriting never ends: {names} keep undoing each other; remove one of them")
                 seen.add(text)
         self._finished[original] = self._finished[graph] = graph
         return graph

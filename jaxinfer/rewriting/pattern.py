@@ -98,9 +98,7 @@ class Number(Pattern):
         if array.size == 0 or array.dtype.kind not in "biufV":
             return False
         same = array.astype(np.float64) == self.number
-        return bool(np.all(same)) and not np.any(
-            np.signbit(array.astype(np.float64)) != np.signbit(self.number)
-        )
+        return bool(np.all(same)) and not np.any(np.signbit(array.astype(np.float64)) != np.signbit(self.number))
 
 
 @dataclass(frozen=True)

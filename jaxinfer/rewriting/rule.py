@@ -117,9 +117,7 @@ def _first(node: Node) -> Any:
 def within(rules: Iterable[Rule], tier: Tier, platform: str | None = None) -> tuple[Rule, ...]:
     """The rules whose tier is at most ``tier`` and that exist on ``platform`` (None: on every platform)."""
     limit = TIERS.index(tier)
-    return tuple(
-        r for r in rules if TIERS.index(r.tier) <= limit and (r.platforms is None or platform in r.platforms)
-    )
+    return tuple(r for r in rules if TIERS.index(r.tier) <= limit and (r.platforms is None or platform in r.platforms))
 
 
 def load_rules() -> tuple[Rule, ...]:
@@ -131,9 +129,7 @@ def load_rules() -> tuple[Rule, ...]:
         RuleError: if an entry point cannot be loaded, has no ``RULES``, or two rules share a name.
     """
     rules: list[Rule] = []
-    points = sorted(
-        importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda e: (e.name != "jaxinfer", e.name)
-    )
+    points = sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda e: (e.name != "jaxinfer", e.name))
     for point in {(p.name, p.value): p for p in points}.values():
         rules.extend(_rules_of(point))
     return check_names(rules)
@@ -156,9 +152,7 @@ def _rules_of(point: Any) -> Iterator[Rule]:
     try:
         found = point.load()
     except Exception as error:
-        raise RuleError(
-            f"rules of entry point {point.name!r} ({point.value}) cannot be loaded: {error}"
-        ) from error
+        raise RuleError(f"rules of entry point {point.name!r} ({point.value}) cannot be loaded: {error}") from error
     rules = getattr(found, "RULES", None)
     if rules is None:
         raise RuleError(f"entry point {point.name!r} ({point.value}) has no RULES")
