@@ -139,9 +139,7 @@ class Explanation:
     def _html(self) -> str:
         return "".join(
             [
-                html.heading(
-                    f"{self.function}({self.signature})", _verdict_line(self).plain.partition("\n")[2]
-                ),
+                html.heading(f"{self.function}({self.signature})", _verdict_line(self).plain.partition("\n")[2]),
                 html.tiles(_tile_entries(self)),
                 *(sheet.html() for sheet in _sheets(self)),
             ]
@@ -168,11 +166,7 @@ def _tile_entries(e: Explanation) -> list[tuple[str, str, str]]:
         tone = "good" if low is not None and low > 1 else ""
         entries.append((f"{e.speedup.ratio:.2f}×", f"speedup{bounds}", tone))
     if e.after.milliseconds is not None:
-        was = (
-            f", was {numbers.milliseconds(e.before.milliseconds)}"
-            if e.before.milliseconds is not None
-            else ""
-        )
+        was = f", was {numbers.milliseconds(e.before.milliseconds)}" if e.before.milliseconds is not None else ""
         entries.append((numbers.milliseconds(e.after.milliseconds), f"optimized, median{was}", ""))
     if e.verification.max_absolute_error is not None:
         entries.append((numbers.error(e.verification.max_absolute_error), "largest absolute error", ""))
@@ -194,9 +188,7 @@ def _setting(e: Explanation) -> Sheet:
     ]
     v = e.verification
     if v.max_absolute_error is not None or v.max_relative_error is not None:
-        errors = (
-            f"{numbers.error(v.max_absolute_error)} absolute, {numbers.error(v.max_relative_error)} relative"
-        )
+        errors = f"{numbers.error(v.max_absolute_error)} absolute, {numbers.error(v.max_relative_error)} relative"
         rows.append(("largest error", Cell(errors)))
     return Sheet("Setting", (), tuple((Cell(name, "dim"), cell) for name, cell in rows))
 
@@ -232,9 +224,7 @@ def _programs(e: Explanation) -> Sheet | None:
         rows.append((Cell(name), Cell(show(old)), Cell(show(new)), Cell(numbers.change(old, new), tone)))
     note = ""
     if e.speedup is not None:
-        low, high = (
-            f"{b:.3f}" if b is not None else numbers.UNKNOWN for b in (e.speedup.low, e.speedup.high)
-        )
+        low, high = (f"{b:.3f}" if b is not None else numbers.UNKNOWN for b in (e.speedup.low, e.speedup.high))
         note = f"speedup {e.speedup.ratio:.3f}, 95 % bounds {low} to {high} (paired runs)"
     if not rows and not note:
         return None
@@ -268,9 +258,7 @@ def _choice_rows(choice: Choice) -> list[tuple[Cell, ...]]:
     rows: list[tuple[Cell, ...]] = []
     for index, candidate in enumerate(sorted(choice.candidates, key=rank)):
         taken = candidate.form == choice.chosen
-        site = (
-            (f"{choice.site}" + (f" ({choice.sites} sites)" if choice.sites > 1 else "")) if not index else ""
-        )
+        site = (f"{choice.site}" + (f" ({choice.sites} sites)" if choice.sites > 1 else "")) if not index else ""
         rows.append(
             (
                 Cell(site),

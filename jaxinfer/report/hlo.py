@@ -146,9 +146,7 @@ class HloComparison:
     def histogram(self) -> dict[str, tuple[int, int]]:
         """Counts of each operation, (before, after); what changed most comes first, bookkeeping last."""
         names = self.before.operations.keys() | self.after.operations.keys()
-        counts = {
-            name: (self.before.operations.get(name, 0), self.after.operations.get(name, 0)) for name in names
-        }
+        counts = {name: (self.before.operations.get(name, 0), self.after.operations.get(name, 0)) for name in names}
 
         def rank(name: str) -> tuple[bool, int, int, str]:
             old, new = counts[name]
@@ -266,9 +264,7 @@ class HloComparison:
                 was = f", was {show(old)}" if old is not None and old != new else ""
                 tiles.append((show(new), f"{name}{was}", ""))
         sections = self._sections()
-        lead = (
-            "The programs are identical." if self.identical else "Instructions that correspond have one name."
-        )
+        lead = "The programs are identical." if self.identical else "Instructions that correspond have one name."
         pieces = [
             html.heading(self.title, lead),
             html.tiles(tiles),
@@ -276,9 +272,7 @@ class HloComparison:
             html.bars("Operations", ("before", "after"), self.histogram(), "over all computations"),
         ]
         if sections:
-            blocks = "".join(
-                html.diff_block(s.title, s.lines, opened=len(s.lines) <= _OPENED_LINES) for s in sections
-            )
+            blocks = "".join(html.diff_block(s.title, s.lines, opened=len(s.lines) <= _OPENED_LINES) for s in sections)
             pieces.append(f"<section><h2>Difference</h2>{blocks}</section>")
         return "".join(pieces)
 

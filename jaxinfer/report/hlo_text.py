@@ -179,9 +179,7 @@ def canonical(module: Module) -> Module:
     return Module(module.header, tuple(renamed(c, names, _names_by_opcode(c)) for c in ordered))
 
 
-def renamed(
-    computation: Computation, computations: dict[str, str], instructions: dict[str, str]
-) -> Computation:
+def renamed(computation: Computation, computations: dict[str, str], instructions: dict[str, str]) -> Computation:
     """The same computation under other names.
 
     Args:

@@ -79,11 +79,7 @@ def page(title: str, body: str) -> str:
 
 def heading(title: str, lead: str = "") -> str:
     """The report's title and the line below it."""
-    return (
-        f"<header><h1>{escape(title)}</h1>"
-        + (f'<p class="lead">{escape(lead)}</p>' if lead else "")
-        + "</header>"
-    )
+    return f"<header><h1>{escape(title)}</h1>" + (f'<p class="lead">{escape(lead)}</p>' if lead else "") + "</header>"
 
 
 def tiles(entries: Iterable[tuple[str, str, str]]) -> str:
@@ -106,8 +102,7 @@ def bars(title: str, labels: tuple[str, str], counts: Mapping[str, tuple[int, in
         for number, side in zip(pair, ("before", "after")):
             bar = f'<i style="width:{100 * number / longest:.2f}%"></i>' if number else ""
             rows.append(
-                f'<div class="bar {side}"><span class="number">{number:,}</span>'
-                f'<div class="track">{bar}</div></div>'
+                f'<div class="bar {side}"><span class="number">{number:,}</span><div class="track">{bar}</div></div>'
             )
     remark = f'<p class="note">{escape(note)}</p>' if note else ""
     return f'<section><h2>{escape(title)}</h2><div class="bars">{"".join(rows)}</div>{remark}</section>'
@@ -121,9 +116,7 @@ def diff_block(title: str, lines: Iterable[str], opened: bool) -> str:
     lines = list(lines)
     added = sum(line.startswith("+") for line in lines)
     removed = sum(line.startswith("-") for line in lines)
-    spans = "".join(
-        f'<span class="line{_DIFF_CLASS.get(line[:1], "")}">{escape(line)}</span>' for line in lines
-    )
+    spans = "".join(f'<span class="line{_DIFF_CLASS.get(line[:1], "")}">{escape(line)}</span>' for line in lines)
     return (
         f"<details{' open' if opened else ''}><summary><code>{escape(title)}</code> "
         f'<span class="bad">−{removed:,}</span> <span class="good">+{added:,}</span></summary>'

@@ -47,9 +47,7 @@ class Sheet:
             table = Table(box=box.SIMPLE_HEAD, show_header=bool(self.columns), pad_edge=False, padding=(0, 1))
             for index in range(len(self.rows[0])):
                 heading = self.columns[index] if self.columns else ""
-                table.add_column(
-                    Text(heading), justify="right" if index in self.right else "left", overflow="fold"
-                )
+                table.add_column(Text(heading), justify="right" if index in self.right else "left", overflow="fold")
             for row in self.rows:
                 table.add_row(*(Text(cell.text, style=_RICH_STYLE[cell.tone]) for cell in row))
             parts.append(table)
@@ -61,8 +59,7 @@ class Sheet:
         """The table as an HTML section; every text is escaped."""
         head = "".join(f"<th{self._align(i)}>{escape(text)}</th>" for i, text in enumerate(self.columns))
         body = "".join(
-            "<tr>" + "".join(self._html_cell(i, cell) for i, cell in enumerate(row)) + "</tr>"
-            for row in self.rows
+            "<tr>" + "".join(self._html_cell(i, cell) for i, cell in enumerate(row)) + "</tr>" for row in self.rows
         )
         table = f'<div class="scroll"><table>{f"<thead><tr>{head}</tr></thead>" if head else ""}'
         table += f"<tbody>{body}</tbody></table></div>"
