@@ -212,9 +212,7 @@ def test_a_damaged_file_is_moved_aside_once(open_cache, tmp_path, damage):
             }[damage]
         )
     again = open_cache()
-    expectation = (
-        contextlib.nullcontext() if damage == "empty" else pytest.warns(CacheWarning, match="damaged")
-    )
+    expectation = contextlib.nullcontext() if damage == "empty" else pytest.warns(CacheWarning, match="damaged")
     with expectation as caught:
         assert again.get("1") is None
         again.put("new", 2)
