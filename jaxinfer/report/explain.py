@@ -318,7 +318,7 @@ def _weights(e: Explanation) -> Sheet | None:
         ("resident folded", numbers.size(w.resident_folded_bytes)),
         ("resident together", numbers.size(resident)),
     )
-    return Sheet("Known weights", (), tuple((Cell(name, "dim"), Cell(value)) for name, value in rows), (1,))
+    return Sheet("Known weights", (), tuple((Cell(name, "dim"), Cell(value)) for name, value in rows))
 
 
 def _notes(e: Explanation) -> Sheet | None:

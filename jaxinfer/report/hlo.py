@@ -99,6 +99,11 @@ class HloProgram:
         """How many fused kernels the program calls."""
         return self.operations.get("fusion", 0)
 
+    @property
+    def elided_constants(self) -> int:
+        """How many large constants XLA printed as {...}, so that their values are not compared."""
+        return self.text.count(" constant({...})")
+
 
 @dataclass(frozen=True)
 class HloComparison:
@@ -140,7 +145,7 @@ class HloComparison:
 
     @property
     def identical(self) -> bool:
-        """Whether both are the same program."""
+        """Whether both texts are the same program; see `HloProgram.elided_constants` for what they omit."""
         return self.before.text == self.after.text
 
     def histogram(self) -> dict[str, tuple[int, int]]:
@@ -192,7 +197,7 @@ class HloComparison:
         Raises:
           OSError: The path cannot be written; the message says why and where.
         """
-        difference_text = self.diff() or "The programs are identical.\n"
+        difference_text = self.diff() or f"{self._likeness()}\n"
         text = f"{output.plain(self, width)}\n\n{difference_text}"
         if path is not None:
             output.write_file(path, text, "the HLO comparison")
@@ -229,6 +234,11 @@ class HloComparison:
     def _repr_html_(self) -> str:
         return html.fragment(self._html())
 
+    def _likeness(self) -> str:
+        if elided := self.before.elided_constants:
+            return f"The programs differ at most in the values of large constants ({elided}), which XLA omits."
+        return "The programs are identical."
+
     def _sections(self, context: int = 3) -> tuple[Section, ...]:
         if self.identical:
             return ()
@@ -264,7 +274,7 @@ class HloComparison:
                 was = f", was {show(old)}" if old is not None and old != new else ""
                 tiles.append((show(new), f"{name}{was}", ""))
         sections = self._sections()
-        lead = "The programs are identical." if self.identical else "Instructions that correspond have one name."
+        lead = self._likeness() if self.identical else "Instructions that correspond have one name."
         pieces = [
             html.heading(self.title, lead),
             html.tiles(tiles),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxinfer.report.hlo import HloComparison, HloProgram
@@ -105,6 +106,22 @@ def test_equal_programs_have_no_difference(tmp_path):
     assert "identical" in comparison.to_text()
     comparison.to_html(tmp_path / "same.html")
     assert "details" not in Strict((tmp_path / "same.html").read_text()).tags
+
+
+def test_constants_that_xla_omits_are_owned_up_to():
+    def product(seed):
+        matrix = np.random.default_rng(seed).standard_normal((128, 128)).astype(np.float32)
+        return jax.jit(lambda x: x @ matrix).lower(jnp.ones((4, 128)))
+
+    one, other = product(0), product(1)
+    comparison = HloComparison.of(one.compile(), other.compile())
+    assert comparison.before.elided_constants == 1
+    assert "at most in the values of large constants (1)" in comparison.to_text()
+    # Before compilation XLA prints the values, and a digest of them is compared.
+    lowered = HloComparison.of(one, other)
+    assert lowered.before.elided_constants == 0
+    assert any("constant(" in line for line in changed(lowered.diff()))
+    assert max(map(len, lowered.before.text.splitlines())) < 400
 
 
 def test_one_changed_operation_is_a_small_difference():
@@ -217,3 +234,14 @@ def test_unwritable_paths_are_named_and_leave_nothing(write, tmp_path):
     with pytest.raises(IsADirectoryError, match="taken"):
         getattr(comparison, write)(tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_program_text_is_escaped_in_html(tmp_path):
+    head = "HloModule m\n\nENTRY e {\n  p = f32[2]{0} parameter(0)\n"
+    target = "<img src=x>&amp;"
+    before = head + "  ROOT r = f32[2]{0} sine(p)\n}\n"
+    after = head + f'  ROOT r = f32[2]{{0}} custom-call(p), custom_call_target="{target}"\n}}\n'
+    HloComparison.of(before, after).to_html(tmp_path / "c.html")
+    page = Strict((tmp_path / "c.html").read_text())
+    assert "img" not in page.tags
+    assert f'custom_call_target="{target}"' in "".join(page.text)
