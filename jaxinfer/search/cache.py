@@ -62,8 +62,9 @@ class Cache:
 
     The file is opened at first use. Of two values put under one key the later one stays, whole. Threads and
     forked children may share an instance. A damaged file is moved aside to `cache.damaged.sqlite` and a new
-    one begun; where nothing can be written (read-only or missing home, full disk, a file of a later release),
-    entries stay in memory for the life of the process, and one `CacheWarning` tells why.
+    one begun with what this process had stored; where nothing can be written (read-only or missing home,
+    full disk, a file of a later release), entries stay in memory for the life of the process, and one
+    `CacheWarning` tells why.
 
     Args:
         folder: where the file lives; by default `default_folder()`. SQLite's write-ahead log needs a file
@@ -78,7 +79,8 @@ class Cache:
         self._writable = True
         self._offline = False
         self._suspect = False
-        # Encoded entries that are not, or not yet, in the file.
+        # Encoded entries: all that were put here, and those that are not, or not yet, in the file.
+        self._own: dict[str, bytes] = {}
         self._unsaved: dict[str, bytes] = {}
         with _instances_lock:
             _instances.add(self)
@@ -118,17 +120,10 @@ class Cache:
         """Stores all `entries` in one transaction; raises TypeError for values that JSON does not know."""
         encoded = {key: json.dumps(value).encode() for key, value in entries.items()}
         with self._lock:
+            self._own |= encoded
             self._unsaved |= encoded
-            rows = [(key, value, _checksum(key, value)) for key, value in self._unsaved.items()]
-
-            def upsert(connection: sqlite3.Connection) -> bool:
-                with connection:
-                    connection.execute("BEGIN IMMEDIATE")
-                    connection.executemany(_UPSERT, rows)
-                return True
-
-            if self._connected() is not None and self._writable and self._attempt(upsert):
-                self._unsaved.clear()
+            if self._connected() is not None and self._writable:
+                self._attempt(self._flush)
 
     def clear(self) -> None:
         """Forgets every entry, here and in the file."""
@@ -138,6 +133,7 @@ class Cache:
             return True
 
         with self._lock:
+            self._own.clear()
             self._unsaved.clear()
             if self._connected() is not None and not self._attempt(delete):
                 self.close()
@@ -171,6 +167,13 @@ class Cache:
             self._open()
         return self._connection
 
+    def _flush(self, connection: sqlite3.Connection) -> None:
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            rows = [(key, value, _checksum(key, value)) for key, value in self._unsaved.items()]
+            connection.executemany(_UPSERT, rows)
+        self._unsaved.clear()
+
     def _attempt(self, action: Callable[[sqlite3.Connection], T]) -> T | None:
         """Runs `action` on the file; on a damaged or replaced file opens it anew and runs it once more."""
         for _ in range(2):
@@ -185,13 +188,13 @@ class Cache:
                     connection.execute("PRAGMA busy_timeout = 50")
                     _warn(f"{self._file()} cannot be used ({error}); new results are kept in memory.")
                     return None
-                self.close()
                 self._suspect = True
-                continue
-            if not self._writable or _identity(self._file()) == self._identity:
-                return result
-            # Another process moved the file aside, or somebody deleted it: what we did went nowhere.
+            else:
+                if not self._writable or _identity(self._file()) == self._identity:
+                    return result
+            # Damaged, moved aside by another process, or deleted: what we stored went with the file.
             self.close()
+            self._unsaved |= self._own
         self.close()
         self._offline = True
         _warn(f"{self._file()} keeps failing or changing; results are kept in memory. Delete {self._folder}.")
@@ -216,7 +219,14 @@ class Cache:
                     damage = error
                     _set_aside(path)
                     self._connection = _connect(path, thorough=False)
-                self._identity, self._suspect, self._writable = _identity(path), False, True
+                known, self._identity = self._identity, _identity(path)
+                self._suspect, self._writable = False, True
+            if known not in (None, self._identity):
+                self._unsaved |= self._own
+            if self._unsaved:
+                # Should this fail, they stay unsaved, and the next put tries again and reports.
+                with contextlib.suppress(sqlite3.Error):
+                    self._flush(self._connection)
         except _NewerSchema:
             self._offline = True
             _warn(f"{path} belongs to a later jaxinfer and is left alone; results are kept in memory.")
