@@ -278,3 +278,26 @@ def settings_key() -> tuple[Any, ...]:
 def is_inexact(dtype: Any) -> bool:
     """Whether a dtype is a floating-point or complex one, JAX's own small ones included."""
     return jax.numpy.issubdtype(dtype, jax.numpy.inexact)
+
+
+# -- what primitives of our own need ----------------------------------------------------------------------------------
+
+
+def define_effectful_abstract(primitive: Primitive, rule: Callable[..., tuple[Any, Any]]) -> None:
+    """Sets the abstract evaluation of a primitive: results' avals and effects."""
+    primitive.def_effectful_abstract_eval(rule)  # type: ignore[attr-defined]
+
+
+def tangent_aval(aval: Any) -> Any:
+    """The type of tangents of values of a type."""
+    return aval.to_tangent_aval()
+
+
+def has_tangent(aval: Any) -> bool:
+    """Whether values of a type can be differentiated (floats and complex numbers can, integers and keys cannot)."""
+    return hasattr(aval, "dtype") and tangent_aval(aval).dtype != jax.dtypes.float0
+
+
+def is_mapped(dim: Any) -> bool:
+    """Whether a batching rule's operand has the batch axis."""
+    return dim is not None and dim is not getattr(batching, "not_mapped", None)

@@ -1,0 +1,1 @@
+"""Domains and measures that only look at graphs."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxinfer import _jax
 
-# Constants up to this many elements are written into the program; larger ones become arguments of the compiled function.
+# Constants up to this many elements are written into the program; larger ones become arguments of what is compiled.
 INLINE_ELEMENTS = 64
 # Primitives that must run as often as they are written although they declare no effect.
 _UNIQUE = frozenset({"rng_uniform", "optimization_barrier"})
@@ -156,6 +156,19 @@ class Graph:
         for position, value in enumerate(self.outputs):
             uses.setdefault(value, []).append((None, position))
         return uses
+
+    @cached_property
+    def known(self) -> frozenset[Node]:
+        """The nodes that depend on constants only: they can be computed before the program runs."""
+        found: set[Node] = set()
+        for node in self.nodes:
+            if node.is_pure and all(v.node.is_const or v.node in found for v in node.inputs):
+                found.add(node)
+        return frozenset(found)
+
+    def is_known(self, value: Value) -> bool:
+        """Whether a value depends on constants only."""
+        return value.node.is_const or value.node in self.known
 
     @cached_property
     def size(self) -> int:

@@ -1,8 +1,8 @@
 """Patterns over operations: what a rule looks for.
 
-A pattern is a small tree. ``var("x")`` takes any value, ``known("w")`` only a known array, ``number(0)`` a known array all
-of whose elements are that number, and ``op("mul", a, b)`` a result of that operation on operands that match. Matching
-fills a :class:`Match`, which the rule's condition and replacement read.
+A pattern is a small tree. ``var("x")`` takes any value, ``known("w")`` only what depends on constants alone,
+``number(0)`` a constant all of whose elements are that number, and ``op("mul", a, b)`` a result of that operation on
+operands that match. Matching fills a :class:`Match`, which the rule's condition and replacement read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Match:
         return self.nodes[name].params
 
     def known(self, name: str) -> np.ndarray:
-        """The array that a ``known`` variable stands for. Rules that read it must be marked ``reads_values``."""
+        """The array of a constant variable. Rules that read it must be marked ``reads_values``."""
         return np.asarray(self.values[name].node.value)
 
     def used_once(self, value: Value) -> bool:
@@ -145,14 +145,25 @@ class Op(Pattern):
         return 1 + max((p.depth() for p in self.operands or ()), default=0)
 
 
+@dataclass(frozen=True)
+class Known(Var):
+    """A value that depends on constants only."""
+
+    def match(self, value: Value, m: Match) -> bool:
+        return m.graph.is_known(value) and super().match(value, m)
+
+
 def var(name: str, where: Callable[[Value], bool] | None = None) -> Pattern:
     """Any value, optionally one that ``where`` accepts."""
     return Var(name, where)
 
 
 def known(name: str, where: Callable[[Value], bool] | None = None) -> Pattern:
-    """A known array: a literal, a captured constant or a frozen argument."""
-    return Var(name, lambda v: v.node.is_const and (where is None or where(v)))
+    """A value that depends on constants only: a literal, a captured or frozen array, or anything computed from such.
+
+    What is known is evaluated once, after rewriting, so a replacement may compute with it freely.
+    """
+    return Known(name, where)
 
 
 def number(value: float) -> Pattern:

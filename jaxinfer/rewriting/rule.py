@@ -1,7 +1,7 @@
 """A rule: a pattern, a replacement written as plain JAX code, and what must hold.
 
-``replace`` rules are always at least as good and run to a fixpoint. ``offer`` rules add an equivalent form beside the old
-one; the search decides. The tier says how equal both sides are:
+``replace`` rules are always at least as good and run to a fixpoint. ``offer`` rules add an equivalent form beside the
+old one; the search decides. The tier says how equal both sides are:
 
 * ``bitwise``: every remaining operation computes what it computed before;
 * ``reassociate``: equal over the reals, with an error of the same order as the original's;

@@ -1,0 +1,197 @@
+"""What happens to a program, step by step.
+
+Replace rules run to a fixpoint; offered forms are chosen and put in place, which may open the way for more; in the end
+what depends on known values only is folded. Every step is one line of :func:`improve`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxinfer.graph import Graph, check
+from jaxinfer.rewriting import Rewriter, Rule, RuleError, Tier, evaluate_known, fold, load_rules, within
+from jaxinfer.rewriting.fold import Evaluate
+from jaxinfer.search.cache import default_cache
+from jaxinfer.search.choose import Choice, Policy, choose
+from jaxinfer.search.device import default_peaks, environment_key, peaks
+
+Tune = Literal["off", "auto", "full"]
+TUNES = ("off", "auto", "full")
+# Seconds that the first call may spend on measuring forms and timing the whole program.
+TUNING_SECONDS = {"off": 0.0, "auto": 30.0, "full": 600.0}
+_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to optimize; what ``autoinfer.optimize`` was told.
+
+    Attributes:
+        numerics: the weakest tier of rules allowed.
+        tune: ``"off"``, ``"auto"``, ``"full"``, or a number of seconds to spend at most.
+        verify: compare with the original at the first call.
+        rules: the rules to use; None for all registered ones.
+    """
+
+    numerics: Tier = "reassociate"
+    tune: Tune | float = "auto"
+    verify: bool = True
+    rules: tuple[Rule, ...] | None = None
+
+    def active_rules(self, platform: str) -> tuple[Rule, ...]:
+        """The rules these settings allow on a platform."""
+        rules = registered_rules() if self.rules is None else self.rules
+        return within(rules, self.numerics, platform)
+
+    @property
+    def seconds(self) -> float:
+        """Time that may be spent measuring, in seconds."""
+        return TUNING_SECONDS[self.tune] if isinstance(self.tune, str) else float(self.tune)
+
+    def without(self, names: Iterable[str]) -> Settings:
+        """The same settings with some rules left out."""
+        left_out = frozenset(names)
+        rules = registered_rules() if self.rules is None else self.rules
+        return replace(self, rules=tuple(r for r in rules if r.name not in left_out))
+
+
+@functools.cache
+def registered_rules() -> tuple[Rule, ...]:
+    """Every rule of this project and of installed packages, loaded once."""
+    return load_rules()
+
+
+@dataclass
+class Improved:
+    """A rewritten program and how it came about.
+
+    Attributes:
+        graph: the new program.
+        fired: times each rule changed the program.
+        offered: sites at which each rule offered a form.
+        choices: how offered forms were chosen.
+        seconds: time spent rewriting, measuring included.
+    """
+
+    graph: Graph
+    fired: dict[str, int] = field(default_factory=dict)
+    offered: dict[str, int] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
+    lines: dict[str, set[str]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def applied(self) -> list[str]:
+        """Names of the rules that changed the program."""
+        return [name for name, count in self.fired.items() if count]
+
+
+def improve(
+    graph: Graph,
+    settings: Settings,
+    platform: str,
+    *,
+    measure: bool,
+    deadline: float | None = None,
+    evaluate: Evaluate = evaluate_known,
+) -> Improved:
+    """Rewrites a program.
+
+    Args:
+        graph: the program.
+        settings: how.
+        platform: platform it is compiled for: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``.
+        measure: whether anything may be run. If not, earlier measurements are used, else the analytic model.
+        deadline: ``time.perf_counter()`` value after which nothing is measured any more.
+        evaluate: computes folded values; by default on the device.
+
+    Raises:
+        RuleError: if a rule gives a value of the wrong type or the rules never come to an end.
+    """
+    start = time.perf_counter()
+    rewriter = Rewriter(settings.active_rules(platform))
+    policy = _policy(settings, rewriter.rules, platform, measure, deadline)
+    done = Improved(graph)
+
+    graph = rewriter.fixpoint(graph)
+    for _ in range(_ROUNDS):
+        offers = rewriter.offers(graph)
+        for replacements in offers.values():
+            for r in replacements:
+                done.offered[r.rule.name] = done.offered.get(r.rule.name, 0) + 1
+        chosen, choices = choose(graph, offers, policy)
+        done.choices = _latest(done.choices, choices)
+        if not chosen:
+            break
+        graph = rewriter.fixpoint(rewriter.apply(graph, chosen))
+    graph = rewriter.fixpoint(fold(graph, evaluate))
+    check(graph)
+
+    done.graph = graph
+    done.fired = dict(rewriter.log.fired)
+    done.lines = rewriter.log.lines
+    done.seconds = time.perf_counter() - start
+    return done
+
+
+def _latest(old: list[Choice], new: list[Choice]) -> list[Choice]:
+    """Choices of all rounds; sites that were looked at again count once."""
+    kept = {(c.site, tuple(c.candidates)): c for c in old}
+    for c in new:
+        kept.setdefault((c.site, tuple(c.candidates)), c)
+    return list(kept.values())
+
+
+def _policy(settings: Settings, rules: tuple[Rule, ...], platform: str, measure: bool, deadline: float | None) -> Policy:
+    kind = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    if settings.tune == "off" or kind != jax.default_backend():
+        # Deterministic, or for a device that is not here: nothing measured may enter.
+        return Policy(kind, default_peaks(kind))
+    return Policy(
+        kind,
+        peaks(measure=measure),
+        environment_key(rules_digest(rules)),
+        default_cache(),
+        deadline if measure else None,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def rules_digest(rules: tuple[Rule, ...]) -> str:
+    """A digest of a set of rules that changes when the code of one of them does."""
+    files = sorted({getattr(getattr(r.after, "__code__", None), "co_filename", "") for r in rules})
+    digest = hashlib.blake2b(digest_size=8)
+    for rule in rules:
+        digest.update(f"{rule.name}|{rule.tier}|{rule.kind}\n".encode())
+    for file in files:
+        digest.update(Path(file).read_bytes() if file and Path(file).is_file() else file.encode())
+    return digest.hexdigest()
+
+
+__all__ = [
+    "TUNES",
+    "TUNING_SECONDS",
+    "Choice",
+    "Improved",
+    "RuleError",
+    "Settings",
+    "Tune",
+    "improve",
+    "registered_rules",
+    "rules_digest",
+]
+
+
+def platform_now() -> Any:
+    """The platform JAX compiles for by default, in the words of its lowering rules."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"

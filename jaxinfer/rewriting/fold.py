@@ -1,0 +1,124 @@
+"""Partial evaluation: what depends on known values only is computed once, ahead of time.
+
+Literals alone are left to XLA (folding a broadcast scalar would trade a free operation for memory traffic); what is
+folded descends from an array. A known value much larger than the weights it comes from, such as a bias broadcast over an
+image, stays an operation on its folded operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfer import _jax
+from jaxinfer.graph import Graph, GraphBuilder, Node, Value, emit
+
+# A folded array may be this many times larger than what it is computed from, plus a little.
+_GROWTH = 2
+_FREE_BYTES = 4096
+
+Evaluate = Callable[[Graph], Sequence[Any]]
+
+
+def fold(graph: Graph, evaluate: Evaluate | None = None) -> Graph:
+    """Replaces every known value that descends from an array by a constant.
+
+    Args:
+        graph: the program.
+        evaluate: computes the outputs of a graph without inputs; by default on JAX's default device, in one compilation.
+
+    Returns:
+        The graph with the known values folded; the same object when there is nothing to fold.
+    """
+    frontier = list(dict.fromkeys(_frontier(graph)))
+    if not frontier:
+        return graph
+    arrays = (evaluate or evaluate_known)(_known_part(graph, frontier))
+    return _substitute(graph, dict(zip(frontier, arrays)))
+
+
+def evaluate_known(known: Graph) -> Sequence[Any]:
+    """Computes a graph that has no inputs."""
+    return jax.jit(emit(known))([w.value for w in known.weights])
+
+
+def nbytes(aval: Any) -> int:
+    """Bytes of an array of this type; symbolic or extended types count as nothing."""
+    if _jax.is_extended(aval.dtype) or not all(isinstance(d, int) for d in aval.shape):
+        return 0
+    return int(np.prod(aval.shape)) * np.dtype(aval.dtype).itemsize
+
+
+def _frontier(graph: Graph) -> Iterable[Value]:
+    """The known values that the unknown part of the program needs, nested graphs included."""
+    sources: dict[Node, frozenset[Node]] = {}
+
+    def weights_below(node: Node) -> frozenset[Node]:
+        if node.is_const:
+            return frozenset((node,)) if getattr(node.aval, "shape", ()) else frozenset()
+        return sources.get(node, frozenset())
+
+    def needed(value: Value) -> Iterable[Value]:
+        if value.node not in graph.known:
+            return
+        below = weights_below(value.node)
+        if below and nbytes(value.aval) <= _GROWTH * sum(nbytes(w.aval) for w in below) + _FREE_BYTES:
+            yield value
+        else:
+            for operand in value.node.inputs:
+                yield from needed(operand)
+
+    for node in graph.nodes:
+        if node in graph.known:
+            sources[node] = frozenset().union(*(weights_below(v.node) for v in node.inputs))
+    for node in graph.nodes:
+        if node not in graph.known:
+            for value in node.inputs:
+                yield from needed(value)
+            for sub in node.subgraphs:
+                yield from _frontier(sub)
+    for value in graph.outputs:
+        yield from needed(value)
+
+
+def _known_part(graph: Graph, frontier: Sequence[Value]) -> Graph:
+    builder = GraphBuilder()
+
+    def add(nodes: Iterable[Node], known: frozenset[Node]) -> None:
+        for node in nodes:
+            if node in known:
+                builder.add(node)
+            for sub in node.subgraphs if node not in known else ():
+                add(sub.nodes, sub.known)
+
+    add(graph.nodes, graph.known)
+    return builder.build(frontier)
+
+
+def _substitute(graph: Graph, arrays: Mapping[Value, Any]) -> Graph:
+    builder = GraphBuilder()
+    builder.inputs = list(graph.inputs)
+    moved: dict[Value, Value] = {v: builder.const(a, v.aval) for v, a in arrays.items()}
+    changed = False
+
+    def swap(param: Any) -> Any:
+        if isinstance(param, Graph):
+            return _substitute(param, arrays)
+        if isinstance(param, tuple) and any(isinstance(p, Graph) for p in param):
+            return tuple(map(swap, param))
+        return param
+
+    for node in graph.nodes:
+        params = {k: swap(v) for k, v in node.params.items()}
+        extra = {"params": params} if any(params[k] is not v for k, v in node.params.items()) else {}
+        new = builder.copy(node, [moved.get(v, v) for v in node.inputs], **extra)
+        changed = changed or new is not node
+        for i in range(len(node.avals)):
+            moved.setdefault(Value(node, i), Value(new, i))
+    changed = changed or any(v in arrays for v in graph.outputs)
+    if not changed:
+        return graph
+    return builder.build([moved.get(v, v) for v in graph.outputs], out_avals=graph.out_avals)
