@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,10 +28,11 @@ class Recurrent(nn.Module):
     """
 
     features: int = 256
-    cell: type[nn.RNNCellBase] = nn.LSTMCell
+    cell: Callable[..., nn.RNNCellBase] = nn.LSTMCell
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[batch, time, inputs] → [batch, time, features]."""
-        cell = self.cell(self.features, name="cell")
-        return nn.RNN(cell)(x, initial_carry=zero_carry(cell, x))
+        cell: nn.RNNCellBase = self.cell(self.features, name="cell")
+        rnn: Callable[..., Any] = nn.RNN(cell)
+        return rnn(x, initial_carry=zero_carry(cell, x))

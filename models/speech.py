@@ -5,7 +5,8 @@ Reference: Amodei et al., "Deep Speech 2", 2015; Graves et al., "Connectionist T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -38,6 +39,6 @@ class SpeechCTC(nn.Module):
         for index in range(self.layers):
             forward = nn.GRUCell(self.hidden, name=f"forward{index}")
             backward = nn.GRUCell(self.hidden, name=f"backward{index}")
-            both = nn.Bidirectional(nn.RNN(forward), nn.RNN(backward))
+            both: Callable[..., Any] = nn.Bidirectional(nn.RNN(forward), nn.RNN(backward))
             x = both(x, initial_carry=(zero_carry(forward, x), zero_carry(backward, x)))
         return nn.log_softmax(nn.Dense(self.symbols, name="symbols")(x))

@@ -1,9 +1,11 @@
 """The registry: every model by name, with variables, example inputs and a loss.
 
-model = load("mobilenetv2")
-model.apply(model.variables, *model.inputs)
-fast = autoinfer.optimize(model.apply).freeze(*model.known)
-fast(*model.live)
+Example::
+
+    model = load("mobilenetv2")
+    model.apply(model.variables, *model.inputs)
+    fast = autoinfer.optimize(model.apply).freeze(*model.known)
+    fast(*model.live)
 """
 
 from __future__ import annotations
