@@ -13,15 +13,15 @@ from jaxinfer import _jax
 from jaxinfer.graph import Node, Value
 
 UNARY = frozenset(
-    """abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz conj convert_element_type cos cosh digamma
-    erf erf_inv erfc exp exp2 expm1 floor imag integer_pow is_finite lgamma log log1p log2 logistic neg not
-    population_count real reduce_precision round rsqrt sign sin sinh sqrt square tan tanh""".split()
+    "abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz conj convert_element_type cos cosh "
+    "digamma erf erf_inv erfc exp exp2 expm1 floor imag integer_pow is_finite lgamma log log1p log2 logistic neg not "
+    "population_count real reduce_precision round rsqrt sign sin sinh sqrt square tan tanh".split()
 )
 BINARY = frozenset(
-    """add and atan2 div eq ge gt le lt max min mul ne nextafter or pow rem shift_left shift_right_arithmetic
-    shift_right_logical sub xor""".split()
+    "add and atan2 div eq ge gt le lt max min mul ne nextafter or pow rem shift_left shift_right_arithmetic "
+    "shift_right_logical sub xor".split()
 )
-# The operations whose operands may differ in size where one of them is 1, or be scalars.
+# The operands of these may differ in size where one of them is 1, or be scalars.
 ELEMENTWISE = UNARY | BINARY
 # Operations that only move elements.
 MOVEMENT = frozenset({"reshape", "transpose", "broadcast_in_dim", "squeeze", "copy"})
