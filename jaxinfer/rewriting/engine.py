@@ -217,7 +217,7 @@ def _trace_after(rule: Rule, m: Match) -> Any:
     try:
         with _jax.at_source(root.source, root.context):
             jaxpr = _jax.make_jaxpr(after, [v.aval for v in m.values.values()])
-    except jax.core.InconclusiveDimensionOperation:
+    except jax.errors.InconclusiveDimensionOperation:
         return None
     if declined:
         return None
