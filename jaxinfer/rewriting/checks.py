@@ -67,7 +67,7 @@ def _close(a: np.ndarray, b: np.ndarray, bound: float) -> bool:
     if not _is_real_or_complex(a):
         return np.array_equal(a, b)
     finite = np.isfinite(a)
-    if not np.array_equal(np.where(finite, 0, a), np.where(np.isfinite(b), 0, b), equal_nan=True):
+    if not _same_broken_places(a, b):
         return False
     scale = max(1.0, float(np.max(np.abs(a), initial=0, where=finite)))
     return bool(np.all(np.abs(np.where(finite, a - b, 0)) <= bound * scale)) if a.size else True
@@ -169,8 +169,7 @@ def _same_bits(case: Case, old: Sequence[Any], new: Sequence[Any], inputs: Seque
 def _same_broken(case: Case, old: Sequence[Any], new: Sequence[Any], inputs: Sequence[Any]) -> None:
     for i, (a, b) in enumerate(zip(old, new)):
         if _is_real_or_complex(a):
-            kept = (np.where(np.isfinite(x), 0, x) for x in (a, b))
-            if not np.array_equal(*kept, equal_nan=True):
+            if not _same_broken_places(a, b):
                 hint = "a rule that holds for finite values only says finite=True and why"
                 raise case.fail(f"result {i} is NaN or infinite elsewhere: {_change(a, b)} ({hint})", inputs)
 
@@ -290,6 +289,11 @@ def _numbers(x: Any) -> np.ndarray:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return x.astype(np.complex128)
     return x.astype(np.float64) if _is_real(x) else x
+
+
+def _same_broken_places(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are NaN, Inf and -Inf in the same places."""
+    return np.array_equal(np.where(np.isfinite(a), 0, a), np.where(np.isfinite(b), 0, b), equal_nan=True)
 
 
 def _change(a: np.ndarray, b: np.ndarray) -> str:
