@@ -1,0 +1,9 @@
+"""jaxinfer: a differentiable graph optimizer for JAX. The same results, less work.
+
+``import jaxinfer as autoinfer`` and ``from jaxinfer import autoinfer`` give the same names.
+"""
+
+from jaxinfer import autoinfer
+from jaxinfer.autoinfer import Frozen, Optimized, Rule, RuleError, VerificationWarning, optimize
+
+__all__ = ["Frozen", "Optimized", "Rule", "RuleError", "VerificationWarning", "autoinfer", "optimize"]

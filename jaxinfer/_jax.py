@@ -301,3 +301,30 @@ def has_tangent(aval: Any) -> bool:
 def is_mapped(dim: Any) -> bool:
     """Whether a batching rule's operand has the batch axis."""
     return dim is not None and dim is not getattr(batching, "not_mapped", None)
+
+
+# -- kinds of arguments -----------------------------------------------------------------------------------------------
+
+
+def abstract(value: Any) -> Any:
+    """The type of an argument as ``jax.jit`` sees it: canonical dtype, weak type."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return value
+    aval = _core.typeof(value)
+    return aval if isinstance(value, (jax.Array, jax.core.Tracer)) else aval.update(sharding=None)
+
+
+def type_key(value: Any) -> Any:
+    """A hashable key of an argument's type: equal for an array and the tracer that stands for it."""
+    aval = value if isinstance(value, jax.ShapeDtypeStruct) else _core.typeof(value)
+    sharding = getattr(aval, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    placed = str(sharding) if mesh is not None and not mesh.empty else None
+    return (aval.shape, aval.dtype, bool(getattr(aval, "weak_type", False)), placed)
+
+
+def shapes_of(tree: Any) -> Any:
+    """A pytree with every array replaced by its type."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") and hasattr(x, "dtype") else x, tree
+    )

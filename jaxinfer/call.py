@@ -123,9 +123,7 @@ def _linearized(jaxpr: Any, active: tuple[bool, ...]) -> tuple[Any, Any, int, tu
             results = fun(*(next(rest) if a else p for p, a in zip(primals, active)))
             return [r for r, t in zip(results, has_tangent) if t], [r for r, t in zip(results, has_tangent) if not t]
 
-        smooth, linear, discrete = jax.linearize(
-            of_active, *(p for p, a in zip(primals, active) if a), has_aux=True
-        )
+        smooth, linear, discrete = jax.linearize(of_active, *(p for p, a in zip(primals, active) if a), has_aux=True)
         smooth, discrete = iter(smooth), iter(discrete)
         return [next(smooth) if t else next(discrete) for t in has_tangent], linear
 

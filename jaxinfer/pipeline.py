@@ -149,7 +149,9 @@ def _latest(old: list[Choice], new: list[Choice]) -> list[Choice]:
     return list(kept.values())
 
 
-def _policy(settings: Settings, rules: tuple[Rule, ...], platform: str, measure: bool, deadline: float | None) -> Policy:
+def _policy(
+    settings: Settings, rules: tuple[Rule, ...], platform: str, measure: bool, deadline: float | None
+) -> Policy:
     kind = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     if settings.tune == "off" or kind != jax.default_backend():
         # Deterministic, or for a device that is not here: nothing measured may enter.

@@ -1,0 +1,5 @@
+"""The rules: one file per subject, each a table that anybody can read and extend."""
+
+from jaxinfer.rewriting import Rule
+
+RULES: tuple[Rule, ...] = ()

@@ -29,7 +29,9 @@ _MARGIN = {"measured": 0.95, "cached": 0.95, "analytic": 0.8}
 # A form whose estimate is this many times the best one's is not worth compiling.
 _HOPELESS = 20.0
 _EPILOGUE = 8
-_ELEMENTWISE = frozenset("add sub mul div max min neg abs exp tanh logistic clamp select_n erf sqrt rsqrt integer_pow".split())
+_ELEMENTWISE = frozenset(
+    "add sub mul div max min neg abs exp tanh logistic clamp select_n erf sqrt rsqrt integer_pow".split()
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,443 @@
+"""``autoinfer.optimize``: a function goes in, a faster one with the same results comes out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jaxinfer import _jax
+from jaxinfer.arguments import Options, Static, is_stateful, needs_packing, pack, packed, unpacked
+from jaxinfer.call import optimized_call
+from jaxinfer.graph import Graph
+from jaxinfer.pipeline import TUNES, Settings, Tune
+from jaxinfer.program import Program, settle
+from jaxinfer.report.explain import Explanation
+from jaxinfer.report.hlo import HloComparison
+from jaxinfer.rewriting import Rule, Tier
+from jaxinfer.rewriting.rule import TIERS, check_names
+from jaxinfer.summary import explain
+
+
+def optimize(
+    fun: Callable[..., Any] | None = None,
+    *,
+    numerics: Tier = "reassociate",
+    tune: Tune | float = "auto",
+    verify: bool = True,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Iterable[str] = (),
+    donate_argnums: int | Sequence[int] = (),
+    rules: Sequence[Rule] | None = None,
+) -> Any:
+    """Makes a function faster without changing what it computes.
+
+    The function is traced, rewritten by verified rules, and compiled. At the first call with a new signature the result
+    is compared with the original's and both are timed; the rewritten program is used only if it agrees and is faster.
+    The returned object is called like ``jax.jit(fun)`` and composes with ``jit``, ``grad``, ``vmap``, ``scan`` and the
+    rest of JAX.
+
+    Args:
+        fun: a function of pytrees of arrays, or a Flax NNX or Equinox module. Left out, ``optimize(...)`` is a
+            decorator with options.
+        numerics: ``"bitwise"`` (every remaining operation computes what it computed before), ``"reassociate"`` (equal
+            over the reals, with rounding errors of the same order), or ``"lossy"``.
+        tune: ``"off"`` (analytic cost model, deterministic, nothing is timed), ``"auto"`` (measures what the cache does
+            not have, for 30 seconds at most), ``"full"`` (for ten minutes at most, ignoring earlier verdicts), or a
+            number of seconds.
+        verify: compare with the original at the first call.
+        static_argnums: as for ``jax.jit``.
+        static_argnames: as for ``jax.jit``.
+        donate_argnums: as for ``jax.jit``.
+        rules: the rules to use, instead of all registered ones.
+
+    Returns:
+        An :class:`Optimized`.
+
+    Raises:
+        TypeError: if ``fun`` is not callable.
+        ValueError: for an unknown ``numerics`` or ``tune``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxinfer import autoinfer
+        >>> @autoinfer.optimize
+        ... def energy(a, b, x):
+        ...     return jnp.sum(a @ b @ x)
+        >>> float(energy(jnp.eye(3), jnp.eye(3), jnp.ones(3)))
+        3.0
+    """
+    if numerics not in TIERS:
+        raise ValueError(f"numerics={numerics!r}: use one of {', '.join(map(repr, TIERS))}")
+    if isinstance(tune, bool) or not (tune in TUNES or isinstance(tune, (int, float))):
+        raise ValueError(f"tune={tune!r}: use one of {', '.join(map(repr, TUNES))}, or a number of seconds")
+    settings = Settings(numerics, tune, verify, None if rules is None else check_names(rules))
+    options = Options(
+        (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums),
+        (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames),
+        (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums),
+    )
+    if fun is None:
+        return lambda f: _optimized(f, settings, options)
+    return _optimized(fun, settings, options)
+
+
+def _optimized(fun: Any, settings: Settings, options: Options) -> Optimized:
+    if not callable(fun):
+        raise TypeError(f"optimize takes a function or a callable module, not {type(fun).__name__}")
+    if is_stateful(fun) or (not callable(getattr(fun, "__get__", None)) and jax.tree.leaves(fun) != [fun]):
+        # A module: its arrays are arguments like any other, its class says what to compute.
+        return Optimized(type(fun).__call__, settings, options.shifted(-1), ((fun,), {}))
+    return Optimized(fun, settings, options)
+
+
+class _OtherSignature(Exception):
+    """Raised inside a trace: this compiled program is for arguments of another kind."""
+
+
+class Optimized:
+    """A function that is optimized for each signature it is called with. Made by :func:`optimize`."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        settings: Settings,
+        options: Options,
+        bound: tuple[tuple[Any, ...], dict[str, Any]] = ((), {}),
+    ):
+        functools.update_wrapper(self, fun, updated=())
+        self.__name__ = getattr(fun, "__name__", type(fun).__name__)
+        self._fun, self._settings, self._options, self._bound = fun, settings, options, bound
+        self._runs: dict[Any, Callable[..., Any]] = {}
+        self._programs: dict[Any, Program] = {}
+        self._out_trees: dict[Any, Any] = {}
+        self._traces: dict[Any, tuple[Any, Any]] = {}
+        self._hot: Callable[..., Any] | None = None
+        self._inner: Optimized | None = None
+        self._methods: dict[int, tuple[Any, Optimized]] = {}
+
+    # -- calling --
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hot = self._hot
+        if hot is not None and not _jax.under_trace():
+            try:
+                return hot(*args, **kwargs)
+            except _OtherSignature:
+                pass
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _jax.jit_disabled():
+            bound_args, bound_kwargs = self._bound
+            return self._fun(*bound_args, *args, **{**bound_kwargs, **kwargs})
+        if self._packs(args, kwargs):
+            inner, call = self._inner_call(args, kwargs)
+            return unpacked(inner(*call), (self._bound, (args, kwargs)))
+        if _jax.under_trace():
+            return self._call_in_trace(args, kwargs)
+        signature, leaves, tree, static = self._options.signature(args, kwargs)
+        if signature not in self._runs:
+            self._settle(signature, leaves, tree, static)
+        self._hot = run = self._runs[signature]
+        return run(*args, **kwargs)
+
+    def _call_in_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Inside someone else's trace nothing is run: the call is bound, and optimized where it is lowered."""
+        signature, leaves, tree, static = self._options.signature(args, kwargs)
+        jaxpr, out_tree = self._trace(signature, leaves, tree, static)
+        known = self._known_leaves()
+        if _jax.uses_refs(jaxpr):
+            results = _jax.jaxpr_as_fun(jaxpr)(*known, *leaves)
+        else:
+            results = optimized_call(jaxpr, [*known, *leaves], self._settings)
+        return jax.tree.unflatten(out_tree, results)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        held = self._methods.get(id(instance))
+        if held is None or held[0] is not instance:
+            method = Optimized(self._fun, self._settings, self._options.shifted(-1), ((instance,), {}))
+            held = self._methods[id(instance)] = (instance, method)
+        return held[1]
+
+    def freeze(self, *args: Any, **kwargs: Any) -> Frozen:
+        """Binds leading positional and keyword arguments to known values, like ``functools.partial``.
+
+        What depends on them only is computed once; weights are folded, merged and packed. For a module given to
+        :func:`optimize`, ``freeze()`` without arguments freezes the module itself.
+
+        Args:
+            *args: values of the first positional arguments; pytrees of arrays.
+            **kwargs: values of keyword arguments.
+
+        Returns:
+            The function of the remaining arguments.
+        """
+        bound_args, bound_kwargs = self._bound
+        bound = ((*bound_args, *args), {**bound_kwargs, **kwargs})
+        return Frozen(self._fun, self._settings, self._options.shifted(-len(args)), bound)
+
+    # -- looking --
+
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """As ``jax.jit(fun).trace``, of the program that runs."""
+        return self._stage("trace", args, kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As ``jax.jit(fun).lower``, of the program that runs."""
+        return self._stage("lower", args, kwargs)
+
+    def graph(self, *args: Any, **kwargs: Any) -> Graph:
+        """The graph of the program that runs."""
+        program = self.program(*args, **kwargs)
+        return program.improved.graph if program.optimized else program.original
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """What was done to the program for these arguments, why, and what it brought: a table, and data."""
+        return explain(self.program(*args, **kwargs), self._settings)
+
+    def compare_hlo(self, *args: Any, **kwargs: Any) -> HloComparison:
+        """XLA's optimized HLO of the original and of the rewritten program, compared."""
+        if self._packs(args, kwargs):
+            inner, call = self._inner_call(args, kwargs)
+            return inner.compare_hlo(*call)
+        program = self.program(*args, **kwargs)
+        _, leaves, _, _ = self._options.signature(args, kwargs)
+        sides = [
+            jax.jit(program.flat(side)).lower(program.weights_of(side), *leaves).compile() for side in (False, True)
+        ]
+        return HloComparison.of(*sides, title=program.name)
+
+    def program(self, *args: Any, **kwargs: Any) -> Program:
+        """What was settled for these arguments; settles it now if they are new.
+
+        Abstract arguments (``jax.ShapeDtypeStruct``) are rewritten by the analytic model, neither verified nor timed.
+        """
+        if self._packs(args, kwargs):
+            inner, call = self._inner_call(args, kwargs)
+            return inner.program(*call)
+        signature, leaves, tree, static = self._options.signature(args, kwargs)
+        if signature not in self._programs:
+            self._settle(signature, leaves, tree, static)
+        return self._programs[signature]
+
+    def _stage(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._packs(args, kwargs):
+            inner, call = self._inner_call(args, kwargs)
+            return inner._stage(method, call, {})
+        self.program(*args, **kwargs)
+        run = self._runs[self._options.signature(args, kwargs)[0]]
+        if isinstance(run, functools.partial):
+            return getattr(run.func, method)(*run.args, *args, **kwargs)
+        return getattr(run, method)(*args, **kwargs)
+
+    # -- modules and other arguments that are not arrays --
+
+    def _packs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this function's calls go through an inner one that sees arrays only."""
+        if self._inner is None:
+            data, _ = self._options.split(args, kwargs)
+            if not self._binds_arguments() and not needs_packing((self._bound, data)):
+                return False
+            inner = Optimized(packed(self._fun), self._settings, Options((2,)))
+            inner.__name__ = self.__name__
+            self._inner = inner
+        return True
+
+    def _binds_arguments(self) -> bool:
+        """Whether bound values are arguments like any other (a module's arrays) and not known."""
+        return self._bound != ((), {})
+
+    def _inner_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Optimized, tuple[Any, ...]]:
+        assert self._inner is not None
+        bound, bound_static = pack(self._bound)
+        arrays, static = pack((args, kwargs))
+        return self._inner, (bound, arrays, Static((bound_static, static)))
+
+    # -- one signature --
+
+    def _known_leaves(self) -> list[Any]:
+        return []
+
+    def _join(self, known: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Calls the user's function with bound values rebuilt around ``known``."""
+        return self._fun(*args, **kwargs)
+
+    def _trace(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any) -> tuple[Any, Any]:
+        """The closed jaxpr over (known leaves, other leaves), and the structure of the results."""
+        if signature in self._traces:
+            return self._traces[signature]
+        known = self._known_leaves()
+        structure: list[Any] = []
+
+        def flat(*values: Any) -> list[Any]:
+            args, kwargs = Options.join(jax.tree.unflatten(tree, values[len(known) :]), static)
+            results, out_tree = jax.tree.flatten(self._join(values[: len(known)], args, kwargs))
+            structure[:] = [out_tree]
+            return results
+
+        jaxpr = _jax.make_jaxpr(flat, [_jax.abstract(x) for x in (*known, *leaves)])
+        if all(_jax.is_concrete(c) for c in _jax.open_jaxpr(jaxpr)[1]):
+            self._traces[signature] = (jaxpr, structure[0])
+        return jaxpr, structure[0]
+
+    def _settle(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any) -> None:
+        jaxpr, out_tree = self._trace(signature, leaves, tree, static)
+        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+        known = dict(enumerate(self._known_leaves()))
+        program = settle(self.__name__, jaxpr, known, None if abstract else leaves, self._settings)
+        self._programs[signature], self._out_trees[signature] = program, out_tree
+        self._runs[signature] = self._compiled(signature, program.weights)
+
+    def _compiled(self, signature: Any, weights: list[Any]) -> Callable[..., Any]:
+        """The settled program as a jitted function that refuses arguments of any other kind."""
+        flat, out_tree, options = self._programs[signature].flat(), self._out_trees[signature], self._options
+
+        def entry(weights: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            other, operands, _, _ = options.signature(args, kwargs)
+            if other != signature:
+                raise _OtherSignature
+            return jax.tree.unflatten(out_tree, flat(weights, *operands))
+
+        if not weights:
+            named = functools.wraps(self._fun, updated=())(lambda *args, **kwargs: entry([], args, kwargs))
+            return options.jit(named)
+        named = functools.wraps(self._fun, updated=())(lambda weights, *args, **kwargs: entry(weights, args, kwargs))
+        return functools.partial(options.shifted(1).jit(named), weights)
+
+
+class Frozen(Optimized):
+    """An optimized function with known arguments. A pytree, whose leaves are its (folded) weights.
+
+    Nested in another jit as an argument, exported or stored, the weights travel as arrays and not as literals.
+    """
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        # Weights of the settled programs; those of a pytree that was rebuilt differ from the programs' own.
+        self._weights: dict[Any, list[Any]] = {}
+
+    def release_original(self) -> None:
+        """Lets the original weights go, where folded ones took their place.
+
+        Signatures that were settled keep running; a call with a new one raises :class:`RuntimeError`.
+        """
+        if self._inner is not None:
+            self._inner.release_original()  # type: ignore[attr-defined]
+            self._bound = _jax.shapes_of(self._bound)
+        elif self._programs and all(p.optimized for p in self._programs.values()):
+            for program in self._programs.values():
+                program.release_original()
+            self._traces.clear()
+            self._bound = _jax.shapes_of(self._bound)
+
+    def _settle(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any) -> None:
+        if signature in self._weights:
+            self._runs[signature] = self._compiled(signature, self._weights[signature])
+            return
+        super()._settle(signature, leaves, tree, static)
+        if self._programs[signature].optimized:
+            self._weights[signature] = self._programs[signature].weights
+
+    def _binds_arguments(self) -> bool:
+        return False
+
+    def _packs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        fresh = self._inner is None
+        if not super()._packs(args, kwargs):
+            return False
+        if fresh:
+            assert self._inner is not None
+            name, self._inner = self._inner.__name__, self._inner.freeze(pack(self._bound)[0])
+            self._inner.__name__ = name
+        return True
+
+    def _inner_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Optimized, tuple[Any, ...]]:
+        inner, (_, arrays, static) = super()._inner_call(args, kwargs)
+        return inner, (arrays, static)
+
+    def _known_leaves(self) -> list[Any]:
+        return jax.tree.leaves(self._bound)
+
+    def _join(self, known: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        bound_args, bound_kwargs = jax.tree.unflatten(jax.tree.structure(self._bound), known)
+        return self._fun(*bound_args, *args, **{**bound_kwargs, **kwargs})
+
+    def _trace(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any) -> tuple[Any, Any]:
+        if signature not in self._traces and any(isinstance(x, jax.ShapeDtypeStruct) for x in self._known_leaves()):
+            raise RuntimeError(
+                f"{self.__name__} was called with arguments of a new kind after release_original(): freeze it again, or "
+                "call it once with every kind of arguments before releasing"
+            )
+        return super()._trace(signature, leaves, tree, static)
+
+    def _call_in_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        signature, leaves, tree, static = self._options.signature(args, kwargs)
+        if signature not in self._weights:
+            return super()._call_in_trace(args, kwargs)
+        program, weights = self._programs[signature], self._weights[signature]
+        count = len(weights)
+        run = program.flat()
+        folded = _jax.make_jaxpr(lambda *a: run(a[:count], *a[count:]), [*map(_jax.abstract, (*weights, *leaves))])
+        results = optimized_call(
+            folded, [*weights, *leaves], None, derivative=self._derivative(program, weights, leaves), folded=count
+        )
+        return jax.tree.unflatten(self._out_trees[signature], results)
+
+    def _derivative(self, program: Program, weights: Sequence[Any], leaves: Sequence[Any]) -> Any:
+        """The program as written, to be differentiated in place of the folded one while the weights are its own."""
+        own = len(weights) == len(program.weights) and all(a is b for a, b in zip(weights, program.weights))
+        if not own or program.released:
+            return None
+        known = list(program.known.values())
+        return _jax.make_jaxpr(
+            lambda *a: _jax.jaxpr_as_fun(program.jaxpr)(*known, *a), [_jax.abstract(x) for x in leaves]
+        )
+
+    # -- as a pytree --
+
+    def _flatten(self) -> tuple[list[Any], Any]:
+        if self._inner is not None:
+            leaves, aux = self._inner._flatten()  # type: ignore[attr-defined]
+            return leaves, _Structure(self, aux)
+        if self._weights:
+            return list(self._weights.values()), _Structure(self, tuple(self._weights))
+        return [self._bound], _Structure(self, None)
+
+    @classmethod
+    def _unflatten(cls, structure: _Structure, children: Sequence[Any]) -> Frozen:
+        template, detail = structure.template, structure.detail
+        new = cls(template._fun, template._settings, template._options, template._bound)
+        if template._inner is not None:
+            new._inner = cls._unflatten(detail, children)
+        elif detail is None:
+            (new._bound,) = children
+        else:
+            new._programs, new._traces = template._programs, template._traces
+            new._out_trees = template._out_trees
+            new._weights = dict(zip(detail, children))
+        return new
+
+
+class _Structure:
+    """What of a frozen function is not weights; equal for the same function with the same settled signatures."""
+
+    def __init__(self, template: Frozen, detail: Any):
+        self.template, self.detail = template, detail
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Structure)
+            and self.template._programs is other.template._programs
+            and self.detail == other.detail
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.template._programs), self.detail))
+
+
+jax.tree_util.register_pytree_node(Frozen, Frozen._flatten, Frozen._unflatten)
