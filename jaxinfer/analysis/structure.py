@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import numpy as np
 from jax import lax
 
 from jaxinfer import _jax
-from jaxinfer.graph import Node, Value
+from jaxinfer.graph import Graph, Node, Value
 
 UNARY = frozenset(
     "abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz conj convert_element_type cos cosh "
@@ -180,3 +182,30 @@ def aligned_axes(shape: Sequence[int], other: Sequence[int]) -> list[int | None]
         found.append(starts.get((before, d)) if d != 1 else None)
         before *= d
     return found
+
+
+# -- known numbers ----------------------------------------------------------------------------------------------------
+
+
+def known_number(graph: Graph, value: Value) -> np.ndarray | None:
+    """The number that a scalar is known to be, computed from constants by a few scalar operations; else None."""
+    needed: dict[Node, None] = {}
+    stack = [value.node]
+    while stack:
+        node = stack.pop()
+        if node in needed or node.is_const:
+            continue
+        scalar = len(node.avals) == 1 and node.aval.shape == () and not _jax.is_extended(node.aval.dtype)
+        if node not in graph.known or not scalar or len(needed) == _DEPTH or any(True for _ in node.subgraphs):
+            return None
+        needed[node] = None
+        stack.extend(v.node for v in node.inputs)
+    if value.shape != ():
+        return None
+    results: dict[Node, Any] = {}
+    with jax.ensure_compile_time_eval():
+        for node in graph.nodes if needed else ():
+            if node in needed:
+                operands = [v.node.value if v.node.is_const else results[v.node] for v in node.inputs]
+                results[node] = rebind(node, *operands)
+    return np.asarray(results[value.node] if needed else value.node.value)
