@@ -144,7 +144,10 @@ def _taps(x: Array, kernel: Array, window: Window) -> list[tuple[tuple[int, ...]
     size = _output_shape(x.shape[1:-1], taps, window)
     padded = lax.optimization_barrier(_pad(x, window.padding))
     offsets = itertools.product(*(range(t) for t in taps))
-    return [(at, _tap(padded, [i * d for i, d in zip(at, window.dilation)], size, window.strides)) for at in offsets]
+    return [
+        (at, _tap(padded, [i * d for i, d in zip(at, window.dilation)], size, window.strides))
+        for at in offsets
+    ]
 
 
 def _matmul(x: Array, weights: Array, precision: Any, dtype: Any) -> Array:
@@ -187,7 +190,9 @@ def depthwise_as_shifted_sum(x: Array, kernel: Array, window: Window) -> Array:
             terms.append(read.astype(wide) * weights.reshape((1,) * (read.ndim - 1) + (channels,)))
         else:
             grid = weights.reshape((1,) * (read.ndim - 1) + (channels, multiplier))
-            terms.append((read.astype(wide)[..., None] * grid).reshape(*read.shape[:-1], channels * multiplier))
+            terms.append(
+                (read.astype(wide)[..., None] * grid).reshape(*read.shape[:-1], channels * multiplier)
+            )
     return _total(terms).astype(window.dtype)
 
 
@@ -367,7 +372,10 @@ def _accepts_grouped(x: Any, kernel: Any, params: Params) -> bool:
 
 
 def _accepts_winograd(x: Any, kernel: Any, params: Params) -> bool:
-    exact_enough = x.dtype in (jnp.float32, jnp.float64) and params["preferred_element_type"] in (None, x.dtype)
+    exact_enough = x.dtype in (jnp.float32, jnp.float64) and params["preferred_element_type"] in (
+        None,
+        x.dtype,
+    )
     window = _taps_of(kernel, params)
     steps = (*params["window_strides"], *params["rhs_dilation"])
     return (

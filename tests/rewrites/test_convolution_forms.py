@@ -28,7 +28,11 @@ def operands(rng, x_shape, kernel_shape, numbers, dtype=np.float64):
     space = "HW"[: rank - 2] if rank < 5 else "DHW"
     lhs, rhs, _ = numbers
     x = rng.normal(size=x_shape) if np.issubdtype(dtype, np.floating) else rng.integers(-9, 9, x_shape)
-    k = rng.normal(size=kernel_shape) if np.issubdtype(dtype, np.floating) else rng.integers(-9, 9, kernel_shape)
+    k = (
+        rng.normal(size=kernel_shape)
+        if np.issubdtype(dtype, np.floating)
+        else rng.integers(-9, 9, kernel_shape)
+    )
     x = np.transpose(x, [("N" + space + "C").index(a) for a in lhs])
     k = np.transpose(k, [(space + "IO").index(a) for a in rhs])
     return x.astype(dtype), k.astype(dtype)
@@ -168,7 +172,9 @@ def test_integers_are_exact(groups):
 def test_bfloat16_rounds_once(groups):
     """Against the sum in float64 of the same bfloat16 operands: within one rounding to bfloat16."""
     rng = np.random.default_rng(7)
-    x, k = (jnp.asarray(a, jnp.bfloat16) for a in operands(rng, (2, 6, 6, 4), (3, 3, 4 // groups, 8), LAYOUTS[2]))
+    x, k = (
+        jnp.asarray(a, jnp.bfloat16) for a in operands(rng, (2, 6, 6, 4), (3, 3, 4 // groups, 8), LAYOUTS[2])
+    )
     options = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": groups}
     eqn = conv_eqn(x, k, dimension_numbers=LAYOUTS[2], **options)
     exact = lax.conv_general_dilated(
@@ -179,7 +185,9 @@ def test_bfloat16_rounds_once(groups):
     for form in used:
         got = form.apply(x, k, **eqn.params)
         assert got.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2**-8, atol=1e-4, err_msg=form.name)
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), exact, rtol=2**-8, atol=1e-4, err_msg=form.name
+        )
 
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))
@@ -251,7 +259,12 @@ def test_declines_unknown_sizes_and_dilated_windows_where_they_matter():
 def test_apply_refuses_what_it_cannot_compute():
     x, kernel = jnp.zeros((1, 5, 5, 4)), jnp.zeros((3, 3, 4, 4))
     eqn = conv_eqn(
-        x, kernel, window_strides=(1, 1), padding=[(0, 0)] * 2, lhs_dilation=(2, 1), dimension_numbers=LAYOUTS[2]
+        x,
+        kernel,
+        window_strides=(1, 1),
+        padding=[(0, 0)] * 2,
+        lhs_dilation=(2, 1),
+        dimension_numbers=LAYOUTS[2],
     )
     with pytest.raises(ValueError, match="dilated input"):
         BY_NAME["im2col_as_dot"].apply(x, kernel, **eqn.params)
