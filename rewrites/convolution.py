@@ -22,6 +22,8 @@ _NOTES = {
     "winograd_2": "conv(x, w[3, 3]) → F(2, 3); a non-finite input spreads over its tile",
     "winograd_4": "conv(x, w[3, 3]) → F(4, 3); a non-finite input spreads over its tile",
 }
+# Forms that differ from a plain product only where the window has several positions.
+_BY_TAP = frozenset({"im2col_as_dot", "shifted_dots", "rowwise_dots"})
 # Grouped forms write one operation a group; beyond this many the program would grow without end.
 _MOST_PARTS = 16
 # F(4, 3) keeps its rounding error within the tier when it sums over this many channels; over fewer, rounding in the
@@ -71,6 +73,9 @@ def _rule(form: ConvolutionForm) -> Rule:
 
     def when(m: Match) -> bool:
         params = m.params("conv")
+        window = [m["w"].shape[i] for i in params["dimension_numbers"].rhs_spec[2:]]
+        if form.name in _BY_TAP and all(size == 1 for size in window):
+            return False
         if form.name == "grouped_as_split" and params["feature_group_count"] > _MOST_PARTS:
             return False
         if form.name == "winograd_4" and m["w"].shape[params["dimension_numbers"].rhs_spec[1]] < _WINOGRAD_4_CHANNELS:
