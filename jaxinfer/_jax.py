@@ -140,17 +140,29 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def uses_refs(closed: ClosedJaxpr) -> bool:
-    """Whether a program reads or writes mutable arrays (Refs), which are left alone."""
+    """Whether a program, or a call in it, reads or writes mutable arrays (Refs), which are left alone."""
     jaxpr, _ = open_jaxpr(closed)
-    if any(isinstance(v.aval, AbstractRef) for v in (*jaxpr.invars, *jaxpr.constvars)):
+    if any(is_ref(v.aval) for v in (*jaxpr.invars, *jaxpr.constvars)):
         return True
-    return any(
-        isinstance(e, RefEffect)
-        or any(isinstance(v.aval, AbstractRef) for v in eqn.outvars)
-        or any(isinstance(e, RefEffect) for e in eqn.effects)
-        for eqn in jaxpr.eqns
-        for e in (eqn.effects or (None,))
-    )
+    for eqn in jaxpr.eqns:
+        if any(is_ref(v.aval) for v in eqn.outvars) or any(isinstance(e, RefEffect) for e in eqn.effects):
+            return True
+        # The Refs of a kernel are its operands, not the program's.
+        if operation(eqn.primitive) != "pallas_call" and any(map(uses_refs, _nested_jaxprs(eqn.params))):
+            return True
+    return False
+
+
+def _nested_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for param in params.values():
+        for value in param if isinstance(param, (tuple, list)) else (param,):
+            if isinstance(value, (Jaxpr, ClosedJaxpr)):
+                yield value
+
+
+def is_ref(aval: Any) -> bool:
+    """Whether values of a type are mutable arrays."""
+    return isinstance(aval, AbstractRef)
 
 
 def has_ordered_effects(effects: Any) -> bool:
@@ -311,7 +323,7 @@ def abstract(value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return value
     aval = _core.typeof(value)
-    return aval if isinstance(value, (jax.Array, jax.core.Tracer)) else aval.update(sharding=None)
+    return aval if isinstance(value, (jax.Array, jax.core.Tracer)) or is_ref(aval) else aval.update(sharding=None)
 
 
 def type_key(value: Any) -> Any:
@@ -320,7 +332,7 @@ def type_key(value: Any) -> Any:
     sharding = getattr(aval, "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     placed = str(sharding) if mesh is not None and not mesh.empty else None
-    return (aval.shape, aval.dtype, bool(getattr(aval, "weak_type", False)), placed)
+    return (aval.shape, aval.dtype, bool(getattr(aval, "weak_type", False)), is_ref(aval), placed)
 
 
 def shapes_of(tree: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxinfer import _jax
 
-_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)
+_ARRAYS = (jax.Array, jax.Ref, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)
 
 
 @jax.tree_util.register_static
@@ -154,6 +154,17 @@ def _write_state(module: Any, changes: dict[int, Any]) -> None:
     nnx.update(module, jax.tree.unflatten(tree, [changes.get(j, leaf) for j, leaf in enumerate(leaves)]))
 
 
+def _require_hashable(place: int | str, value: Any) -> None:
+    try:
+        hash(value)
+    except TypeError as error:
+        name = f"argument {place}" if isinstance(place, int) else f"argument {place!r}"
+        raise TypeError(
+            f"static {name} is a {type(value).__name__}, which cannot be hashed: pass a hashable value (a tuple in place "
+            "of a list), or do not declare it static"
+        ) from error
+
+
 def _unhashable(value: Any) -> str:
     if isinstance(value, tuple):
         for part in value:
@@ -208,8 +219,11 @@ class Options:
         if not numbers and len(named) == len(kwargs):
             return (tuple(args), kwargs), ()
         data = tuple(None if i in numbers else a for i, a in enumerate(args))
+        by_number = tuple((i, args[i]) for i in sorted(numbers))
         by_name = tuple((k, kwargs[k]) for k in sorted(kwargs) if k in self.static_argnames)
-        return (data, named), (tuple((i, args[i]) for i in sorted(numbers)), by_name)
+        for place, value in (*by_number, *by_name):
+            _require_hashable(place, value)
+        return (data, named), (by_number, by_name)
 
     @staticmethod
     def join(data: Any, static: Any) -> tuple[list[Any], dict[str, Any]]:

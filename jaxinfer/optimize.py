@@ -122,7 +122,7 @@ class Optimized:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hot = self._hot
-        if hot is not None and not _jax.under_trace():
+        if hot is not None and not _jax.under_trace() and not _jax.jit_disabled():
             try:
                 return hot(*args, **kwargs)
             except _OtherSignature:

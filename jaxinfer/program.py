@@ -77,6 +77,8 @@ class Program:
 
     def weights_of(self, optimized: bool) -> list[Any]:
         """The arrays of the rewritten program, or those of the original."""
+        if not optimized and not self.known:
+            return []
         return [w.value for w in (self.improved.graph if optimized else self.original).weights]
 
     def flat(self, optimized: bool | None = None) -> Callable[..., list[Any]]:

@@ -204,7 +204,7 @@ class Graph:
 def is_inline(const: Node) -> bool:
     """Whether a constant is small enough to be written into the program."""
     aval = const.aval
-    if _jax.is_extended(aval.dtype):
+    if _jax.is_ref(aval) or _jax.is_extended(aval.dtype):
         return False
     return int(np.prod(aval.shape)) <= INLINE_ELEMENTS
 
@@ -326,7 +326,8 @@ def param_key(value: Any) -> Any:
 
 def _const_key(value: Any, aval: Any) -> tuple[Any, ...]:
     kind = (getattr(aval, "shape", None), str(getattr(aval, "dtype", "")), getattr(aval, "weak_type", False))
-    if hasattr(aval, "shape") and not _jax.is_extended(aval.dtype) and int(np.prod(aval.shape)) <= INLINE_ELEMENTS:
+    by_identity = not hasattr(aval, "shape") or _jax.is_ref(aval) or _jax.is_extended(aval.dtype)
+    if not by_identity and int(np.prod(aval.shape)) <= INLINE_ELEMENTS:
         return (*kind, np.asarray(value).tobytes())
     return (*kind, id(value))
 
