@@ -215,6 +215,8 @@ RULES: tuple[Rule, ...] = (
         _plain("add", _x, op("neg", _y, once=True)),
         lambda m, x, y: lax.sub(x, y),
         "bitwise",
+        # A known term stays a sum, the form in which biases meet.
+        when=lambda m: not m.graph.is_known(m["y"]),
         cases=_case_two(lambda x, y: x + -y),
     ),
     Rule(
