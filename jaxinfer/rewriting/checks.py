@@ -168,10 +168,9 @@ def _same_bits(case: Case, old: Sequence[Any], new: Sequence[Any], inputs: Seque
 
 def _same_broken(case: Case, old: Sequence[Any], new: Sequence[Any], inputs: Sequence[Any]) -> None:
     for i, (a, b) in enumerate(zip(old, new)):
-        if _is_real_or_complex(a):
-            if not _same_broken_places(a, b):
-                hint = "a rule that holds for finite values only says finite=True and why"
-                raise case.fail(f"result {i} is NaN or infinite elsewhere: {_change(a, b)} ({hint})", inputs)
+        if _is_real_or_complex(a) and not _same_broken_places(a, b):
+            hint = "a rule that holds for finite values only says finite=True and why"
+            raise case.fail(f"result {i} is NaN or infinite elsewhere: {_change(a, b)} ({hint})", inputs)
 
 
 class _TooWrong(Exception):

@@ -88,21 +88,25 @@ class Sampler:
     def array(self, *shape: int, dtype: Any = None) -> Any:
         """Standard normal values (complex ones in both parts), small whole numbers, or booleans, by dtype."""
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
-        normal, imaginary = self.rng.standard_normal(shape), self.rng.standard_normal(shape)
-        whole = self.rng.integers(-8, 9, shape)
+        rng = self._array_rng()
+        normal, whole = rng.standard_normal(shape), rng.integers(-8, 9, shape)
         if dtype == np.bool_:
             return jnp.asarray(whole > 0)
         if not jnp.issubdtype(dtype, jnp.inexact):
             return jnp.asarray(np.abs(whole) if jnp.issubdtype(dtype, jnp.unsignedinteger) else whole, dtype)
         if self._whole:
             return jnp.asarray(np.rint(normal * _WHOLE / 4), dtype)
-        values = normal + 1j * imaginary if jnp.issubdtype(dtype, jnp.complexfloating) else normal
-        return jnp.asarray(self._with_zeros(values), dtype)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            return jnp.asarray(normal + 1j * rng.standard_normal(shape), dtype)
+        if self.edge:
+            kind = rng.integers(0, 10, shape)
+            normal = np.where(kind == 0, 0.0, np.where(kind == 1, -0.0, normal))
+        return jnp.asarray(normal, dtype)
 
     def positive(self, *shape: int, dtype: Any = None) -> Any:
         """Values between 1/2 and 2 (whole numbers from 1 on, where the dtype or the trial wants whole ones)."""
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
-        values = self.rng.uniform(0.5, 2.0, shape)
+        values = self._array_rng().uniform(0.5, 2.0, shape)
         if self._whole or not jnp.issubdtype(dtype, jnp.inexact):
             return jnp.asarray(np.ceil(values * 4), dtype)
         return jnp.asarray(values, dtype)
@@ -111,11 +115,9 @@ class Sampler:
         """:meth:`array`, known when the program is rewritten."""
         return Frozen(self.array(*shape, dtype=dtype))
 
-    def _with_zeros(self, values: np.ndarray) -> np.ndarray:
-        kind = self.rng.integers(0, 10, values.shape)
-        if not self.edge:
-            return values
-        return np.where(kind == 0, 0.0, np.where(kind == 1, -0.0, values))
+    def _array_rng(self) -> np.random.Generator:
+        # One draw for each array whatever its dtype, so that later choices are the same in all.
+        return np.random.default_rng(self.rng.integers(2**63))
 
     # -- what a case needs --
 

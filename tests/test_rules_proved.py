@@ -1,0 +1,24 @@
+"""Every registered rule keeps what it promises."""
+
+import pytest
+from jaxinfer.rewrites import RULES
+from jaxinfer.rewriting.prove import prove
+from jaxinfer.rewriting.rule import check_names
+
+BY_NAME = {rule.name: rule for rule in RULES}
+
+
+def test_names_are_unique():
+    assert check_names(RULES) == tuple(RULES)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_rule_is_proved(name):
+    proof = prove(BY_NAME[name])
+    assert sum(proof.runs.values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+def test_rule_is_proved_on_more_programs(name):
+    prove(BY_NAME[name], seed=1, trials=4)
