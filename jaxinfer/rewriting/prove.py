@@ -44,7 +44,7 @@ class Proof:
         rule: its name.
         runs: programs on which it fired, by dtype.
         exact: programs proved over the integers.
-        derivatives: programs whose derivatives were compared.
+        derivatives: programs whose derivatives were compared and do not vanish.
         special: evaluations on zeros, denormals, NaN and ±Inf.
         edges: edge trials in which it fired.
         error_ratio: by dtype, the largest error against the reals, in units of the original's (counted as one ulp of

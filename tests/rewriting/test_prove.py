@@ -119,6 +119,15 @@ def test_prove_all_tells_all_failures():
         prove_all([never, CHAIN, bare])
 
 
+def test_a_derivative_that_vanishes_is_not_counted():
+    def cases(s):
+        s.floating_only()
+        yield lambda x: -jnp.sign(x), (s.array(3),)
+
+    vanishing = rule(op("neg", var("x")), lambda m, x: lax.stop_gradient(x) * -1, "reassociate", cases=cases)
+    assert prove(vanishing).derivatives == 0
+
+
 # -- rules that do not hold -------------------------------------------------------------------------------------------
 
 
