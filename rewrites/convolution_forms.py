@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
+
 from jaxinfer.rewrites.winograd import winograd_kernel, winograd_product
 
 Params = Mapping[str, Any]
@@ -144,10 +145,7 @@ def _taps(x: Array, kernel: Array, window: Window) -> list[tuple[tuple[int, ...]
     size = _output_shape(x.shape[1:-1], taps, window)
     padded = lax.optimization_barrier(_pad(x, window.padding))
     offsets = itertools.product(*(range(t) for t in taps))
-    return [
-        (at, _tap(padded, [i * d for i, d in zip(at, window.dilation)], size, window.strides))
-        for at in offsets
-    ]
+    return [(at, _tap(padded, [i * d for i, d in zip(at, window.dilation)], size, window.strides)) for at in offsets]
 
 
 def _matmul(x: Array, weights: Array, precision: Any, dtype: Any) -> Array:
@@ -190,9 +188,7 @@ def depthwise_as_shifted_sum(x: Array, kernel: Array, window: Window) -> Array:
             terms.append(read.astype(wide) * weights.reshape((1,) * (read.ndim - 1) + (channels,)))
         else:
             grid = weights.reshape((1,) * (read.ndim - 1) + (channels, multiplier))
-            terms.append(
-                (read.astype(wide)[..., None] * grid).reshape(*read.shape[:-1], channels * multiplier)
-            )
+            terms.append((read.astype(wide)[..., None] * grid).reshape(*read.shape[:-1], channels * multiplier))
     return _total(terms).astype(window.dtype)
 
 

@@ -33,9 +33,7 @@ def _interpolating(points: Sequence[float]) -> _Transform:
         coefficients = [1.0]
         for root in roots:
             shifted = [0.0, *coefficients]
-            coefficients = [
-                high - root * low for high, low in zip(shifted, [*coefficients, 0.0], strict=True)
-            ]
+            coefficients = [high - root * low for high, low in zip(shifted, [*coefficients, 0.0], strict=True)]
         return [*coefficients, *[0.0] * (size - len(coefficients))]
 
     others = [[p for p in nodes if p != q] for q in nodes]
@@ -116,9 +114,7 @@ def winograd_product(
         (((2,), (1,)), ((0,), (0,))),
         precision=precision,
     )
-    out = lax.optimization_barrier(product).reshape(
-        *(m + 2,) * space, x.shape[0], *tiles, transformed.shape[-1]
-    )
+    out = lax.optimization_barrier(product).reshape(*(m + 2,) * space, x.shape[0], *tiles, transformed.shape[-1])
     for axis in reversed(range(space)):
         # The dimension transformed last is in front; its outputs go right behind its tile index.
         parts = [lax.index_in_dim(out, i, 0, keepdims=False) for i in range(m + 2)]
