@@ -1,6 +1,31 @@
-"""The rules: one file per subject, each a table that anybody can read and extend."""
+"""The rules: one file per subject, each a table that anybody can read and extend.
 
-from jaxinfer.rewrites import convolution
+Where several rules match at a node the first one is applied, so simplifications stand before what they expose.
+"""
+
+from jaxinfer.rewrites import (
+    affine,
+    control_flow,
+    conversions,
+    convolution,
+    linear_algebra,
+    movement,
+    parallel_products,
+    reductions,
+    simplify,
+    slicing,
+)
 from jaxinfer.rewriting import Rule
 
-RULES: tuple[Rule, ...] = (*convolution.RULES,)
+RULES: tuple[Rule, ...] = (
+    *simplify.RULES,
+    *conversions.RULES,
+    *movement.RULES,
+    *slicing.RULES,
+    *reductions.RULES,
+    *control_flow.RULES,
+    *affine.RULES,
+    *linear_algebra.RULES,
+    *parallel_products.RULES,
+    *convolution.RULES,
+)
