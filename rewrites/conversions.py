@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer.analysis.structure import layout, rebind
-from jaxinfer.rewriting import Match, Rule, op, var
+from jaxinfer.analysis.structure import known_number, layout, rebind
+from jaxinfer.graph import Graph, Node, Value
+from jaxinfer.rewriting import Find, Match, Rule, op, var
 from jaxinfer.rewriting.sampler import Frozen
 
 # -- conditions -------------------------------------------------------------------------------------------------------
@@ -64,6 +65,23 @@ def _chosen(m: Match) -> int | None:
     return int(values.flat[0])
 
 
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+# Operations that every platform computes alike.
+_EXACT = "add sub mul neg max min and or xor not eq ne lt le gt ge convert_element_type select_n clamp sign abs".split()
+
+
+def _find_number(graph: Graph, node: Node) -> Match | None:
+    """A scalar computed from scalar constants."""
+    if node.aval.shape != () or not node.inputs or not all(v.node.is_const and v.shape == () for v in node.inputs):
+        return None
+    return Match(graph, (Value(node, 0),))
+
+
+def _number(m: Match) -> Any:
+    return known_number(m.graph, m.roots[0])
+
+
 # -- replacements -----------------------------------------------------------------------------------------------------
 
 
@@ -76,6 +94,11 @@ def _convert(m: Match, x: Any) -> Any:
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
+
+
+def _case_number(s: Any) -> Iterator[Any]:
+    two = jnp.asarray(2, s.dtype)
+    yield lambda x, k: x * (k + two), (s.array(*s.shape(2)), Frozen(two))
 
 
 def _case_to_itself(s: Any) -> Iterator[Any]:
@@ -110,6 +133,16 @@ _x, _p = var("x"), var("p")
 _wide = op("convert_element_type", _x, name="wide")
 
 RULES: tuple[Rule, ...] = (
+    # ** numbers **
+    Rule(
+        "number",
+        "f(1, 2) → its value, for operations that every platform computes alike",
+        Find(tuple(_EXACT), _find_number),
+        _number,
+        "bitwise",
+        reads_values=True,
+        cases=_case_number,
+    ),
     # ** conversions **
     Rule(
         "convert-to-itself",

@@ -52,7 +52,7 @@ def _power_of_two(m: Match) -> bool:
     divisor = m["k"]
     if not divisor.node.is_const or divisor.shape != () or not _real(m) or m.graph.is_known(m["x"]):
         return False
-    value, limits = float(np.asarray(divisor.node.value)), jnp.finfo(divisor.dtype)
+    value, limits = float(m.known("k")), jnp.finfo(divisor.dtype)
     if value == 0 or not math.isfinite(value) or math.frexp(abs(value))[0] != 0.5:
         return False
     return float(limits.smallest_normal) <= abs(1 / value) <= float(limits.max)

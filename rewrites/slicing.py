@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -101,6 +102,19 @@ def _slice_before_reshape(m: Match, x: Any) -> Any:
     along = window(node)
     part = take(x, [(0, d, 1) if a is None else along[a] for a, d in zip(after, x.shape)])
     return lax.reshape(part, node.aval.shape)
+
+
+def _find_split(graph: Graph, node: Node) -> Match | None:
+    if not is_static(*node.inputs):
+        return None
+    return Match(graph, tuple(Value(node, i) for i in range(len(node.avals))), {"x": node.inputs[0]})
+
+
+def _split_as_slices(m: Match, x: Any) -> Any:
+    node = m.roots[0].node
+    sizes, axis = node.params["sizes"], node.params["axis"]
+    stops = list(itertools.accumulate(sizes))
+    return [lax.slice_in_dim(x, stop - size, stop, axis=axis) for size, stop in zip(sizes, stops)]
 
 
 # -- concatenations ---------------------------------------------------------------------------------------------------
@@ -280,6 +294,14 @@ RULES: tuple[Rule, ...] = (
         lambda m, x: x,
         "bitwise",
         cases=_case(lambda x: lax.slice_p.bind(x, start_indices=(0, 0), limit_indices=(2, 3), strides=None), (2, 3)),
+    ),
+    Rule(
+        "split-as-slices",
+        "split(x) → x[:i], x[i:j], ...",
+        Find(("split",), _find_split),
+        _split_as_slices,
+        "bitwise",
+        cases=_case(lambda x: jnp.split(x, (1, 4), axis=1), (2, 6)),
     ),
     Rule(
         "slice-twice",
