@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -39,6 +40,11 @@ def plain(renderable: RenderableType, width: int = 100) -> str:
     )
     console.print(renderable)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())  # type: ignore[attr-defined]
+
+
+def console() -> Console:
+    """Standard output; where it is no terminal, wide enough for every table."""
+    return Console(emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def write_file(path: PathLike, text: str, what: str) -> None:
