@@ -23,7 +23,6 @@ from jaxinfer.rewriting.rule import Find, Rule, RuleError
 
 # A node is asked again when something changed within this many operations below it: the deepest pattern looks this far.
 _REACH = 6
-# Chains shrink by half in each pass at worst, so a program of a million nodes is done long before this.
 _MAX_PASSES = 200
 _LOOK_FOR_LOOPS_AFTER = 24
 
@@ -92,22 +91,27 @@ class Rewriter:
         """
         if graph in self._finished:
             return self._finished[graph]
-        original, seen, recent = graph, set[str](), Counter[str]()
+        original = graph
         dirty: set[Node] | None = None
-        for count in range(_MAX_PASSES + 1):
+        seen: dict[str, int] = {}
+        fired: list[Counter[str]] = []
+        # A rule that moves an operation past the next one needs a pass for each step of the way.
+        limit = _MAX_PASSES + graph.size
+        for count in range(limit + 1):
             before = self.log.fired.copy()
             new = self._pass(graph, self._first_replacement, self.fixpoint, dirty)
             if new is graph:
                 break
-            recent = self.log.fired - before
+            fired.append(self.log.fired - before)
             dirty = _dirty(graph, new)
             graph = new
             if count >= _LOOK_FOR_LOOPS_AFTER:
                 text = graph.fingerprint or str(graph)
-                if text in seen or count == _MAX_PASSES:
-                    names = ", ".join(sorted(recent)) or "unknown rules"
+                if text in seen or count == limit:
+                    guilty = sum(fired[seen.get(text, count - 1) + 1 :], Counter[str]())
+                    names = ", ".join(sorted(guilty)) or "unknown rules"
                     raise RuleError(f"rewriting never ends: {names} keep undoing each other; remove one of them")
-                seen.add(text)
+                seen[text] = count
         self._finished[original] = self._finished[graph] = graph
         return graph
 
