@@ -95,7 +95,7 @@ def demo(html: Path, tune: Tune | float = "auto", tiny: bool = False, console: C
     console.print(fast.explain(first))
     for photograph in seen:
         console.print(photograph.sheet())
-    console.print(_outcome(seen, timing, html))
+    console.print(_outcome(f"{model.name}{list(first.shape)}", seen, timing, html))
     return all(photograph.same for photograph in seen)
 
 
@@ -104,11 +104,8 @@ def _recognise(name: str, before: jax.Array, after: jax.Array) -> Recognised:
     return Recognised(name, images.top(old), images.top(new), float(np.max(np.abs(old - new))))
 
 
-def _outcome(seen: list[Recognised], timing: AgainstItself, html: Path) -> Sheet:
+def _outcome(what: str, seen: list[Recognised], timing: AgainstItself, html: Path) -> Sheet:
     same, change = all(photograph.same for photograph in seen), timing.change
-    speed = (
-        f"{1 / change.ratio:.2f}× (95 % bounds {1 / change.high:.2f} to {1 / change.low:.2f}, {change.rounds} pairs)"
-    )
     rows = (
         (Cell("same five labels", "dim"), Cell("yes" if same else "NO", "good" if same else "bad")),
         (Cell("largest difference", "dim"), Cell(numbers.error(max(p.difference for p in seen)))),
@@ -117,7 +114,7 @@ def _outcome(seen: list[Recognised], timing: AgainstItself, html: Path) -> Sheet
         (Cell("speed (95 % bounds)", "dim"), speed_cell(speed(change))),
         (Cell("compiled programs compared in", "dim"), Cell(str(html.resolve()))),
     )
-    return Sheet(f"EfficientNet-Lite0, 224×224, batch 1, on {jax.devices()[0].device_kind}", (), rows)
+    return Sheet(f"{what} on {jax.devices()[0].device_kind}", (), rows)
 
 
 class _Steps:
