@@ -314,12 +314,13 @@ RULES = (
     ONE_USE,
     rule("add-zero", op("add", var("x"), number(0)), lambda m, x: x),
     rule("cancel", op("sub", var("x"), var("x")), lambda m, x: jnp.zeros_like(x)),
+    rule("forget", op("atan", var("x")), lambda m, x: jnp.zeros_like(x)),
     rule("times-zero", op("mul", var("x"), number(0)), lambda m, x: jnp.zeros_like(x)),
     rule("add-negated", op("add", var("x"), op("neg", var("y"))), lambda m, x, y: x - y),
     rule("pull-negation", op("mul", var("x"), op("neg", var("y"))), lambda m, x, y: -(x * y)),
     rule("nested", op("sub", op("sub", op("sub", var("a"), var("b")), var("c")), var("b")), lambda m, a, b, c: a - c),
 )
-UNARY = {"neg": lax.neg, "sin": jnp.sin, "cos": jnp.cos, "exp": jnp.exp, "tanh": jnp.tanh}
+UNARY = {"neg": lax.neg, "sin": jnp.sin, "cos": jnp.cos, "exp": jnp.exp, "tanh": jnp.tanh, "atan": jnp.atan}
 BINARY = {"add": lax.add, "sub": lax.sub, "mul": lax.mul}
 STEPS = st.lists(
     st.tuples(st.sampled_from([*UNARY, *BINARY, "neg", "sub"]), st.integers(0, 50), st.integers(0, 50)),
@@ -345,15 +346,20 @@ def exhausted(graph):
     return [r.name for node in graph.nodes for r in RULES if r.match(graph, node) is not None]
 
 
+# One use of tanh(x) dies, and the other, which nothing else touches, becomes the only one.
+LAST_USE = ([("tanh", 2, 0), ("exp", 0, 0), ("atan", 1, 0)], [0, 1])
+
+
+@example(*LAST_USE)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(STEPS, st.lists(st.integers(0, 50), min_size=1, max_size=3))
-@example([("neg", 0, 0), ("tanh", 0, 0), ("exp", 0, 0), ("sub", 1, 0)], [0, 1])
 def test_no_rewrite_is_overlooked(steps, outputs):
     graph = build(steps, outputs)
     result, _ = rewritten(graph, *RULES)
     assert exhausted(result) == []
 
 
+@example(*LAST_USE)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(STEPS, st.lists(st.integers(0, 50), min_size=1, max_size=3))
 def test_incremental_rewriting_equals_asking_everywhere(steps, outputs):
