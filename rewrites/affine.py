@@ -26,10 +26,8 @@ from jaxinfer.rewriting.sampler import Frozen
 def _split(graph: Graph, node: Node) -> tuple[Value, Value, int] | None:
     """The unknown and the known operand of a binary operation in one dtype, and the position of the known one."""
     result = Value(node, 0)
-    if not is_static(result, *node.inputs) or any(v.dtype != result.dtype for v in node.inputs):
-        return None
     known = [graph.is_known(v) for v in node.inputs]
-    if known[0] == known[1]:
+    if known[0] == known[1] or not is_static(result, *node.inputs) or any(v.dtype != result.dtype for v in node.inputs):
         return None
     i = known.index(True)
     return (node.inputs[1 - i], node.inputs[i], i) if node.inputs[1 - i].shape == result.shape else None
@@ -173,6 +171,8 @@ def _as_sum(m: Match, y: Any, b: Any) -> Any:
 
 
 def _find_scaled_input(graph: Graph, node: Node) -> Match | None:
+    if not any(v.node.op in ("mul", "div", "neg") for v in node.inputs):
+        return None
     product = linear(graph, Value(node, 0))
     if product is None or product.input.node.op not in ("mul", "div", "neg") or not _once(graph, product.input):
         return None
@@ -219,6 +219,8 @@ def _meeting(product: Linear, known: Layout, k: Any, w: Any) -> Any:
 def _find_shifted_input(graph: Graph, node: Node) -> Match | None:
     """(x + b) · W with x rounded, where what b contributes is a bias no larger than what it was added to, or is added
     to one that is there."""
+    if not any(v.node.op in ("add", "sub") for v in node.inputs):
+        return None
     product = linear(graph, Value(node, 0))
     if product is None or product.input.node.op not in ("add", "sub") or not _once(graph, product.input):
         return None

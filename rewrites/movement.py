@@ -97,10 +97,10 @@ def _moves_units(m: Match) -> bool:
 
 def _find_repeated(graph: Graph, node: Node) -> Match | None:
     """An elementwise operation whose operands all repeat along some axis."""
-    if not node.inputs or not is_static(*node.inputs, Value(node, 0)):
+    if not any(v.node.op in ("broadcast_in_dim", "reshape", "transpose") for v in node.inputs):
         return None
     shape = node.aval.shape
-    if 0 in shape or not any(v.node.op in ("broadcast_in_dim", "reshape", "transpose") for v in node.inputs):
+    if not is_static(*node.inputs, Value(node, 0)) or 0 in shape:
         return None
     layouts = _layouts(node)
     along = frozenset().union(*(found.varies for found in layouts))
@@ -131,11 +131,9 @@ def _layouts(node: Node) -> list[Layout]:
 
 def _find_repeated_scalar(graph: Graph, node: Node) -> Match | None:
     """A binary operation of which one operand is a scalar constant, repeated."""
-    if not is_static(*node.inputs, Value(node, 0)):
-        return None
     for i, value in enumerate(node.inputs):
         other = node.inputs[1 - i]
-        if value.node.op == "broadcast_in_dim" and other.shape == node.aval.shape:
+        if value.node.op == "broadcast_in_dim" and other.shape == node.aval.shape and is_static(value, other):
             source = layout(value).source
             if source.node.is_const and source.shape == ():
                 pair = (("x0", source), ("x1", other)) if i == 0 else (("x0", other), ("x1", source))
@@ -156,7 +154,7 @@ Plan = list[tuple[Value, Callable[[Any], Any]]]
 def _plan(m: Match, node: Node, move: str) -> tuple[Node, Plan] | None:
     """How an elementwise operation on moved operands is done before the move instead."""
     result = Value(node, 0)
-    if not is_static(*node.inputs, result) or 0 in result.shape:
+    if not any(v.node.op == move for v in node.inputs) or not is_static(*node.inputs, result) or 0 in result.shape:
         return None
     moved = [v.node for v in node.inputs if _is_moved(m, v, move, node)]
     if not moved or not all(_moved_alike(n, moved[0]) for n in moved):

@@ -49,12 +49,12 @@ class Linear:
 def linear(graph: Graph, value: Value) -> Linear | None:
     """A product with known weights, all of one dtype, or None."""
     node = value.node
-    if node.op not in PRODUCTS or not is_static(value, *node.inputs) or 0 in value.shape:
-        return None
-    if any(v.dtype != value.dtype for v in node.inputs) or node.params.get("out_sharding") is not None:
+    if node.op not in PRODUCTS:
         return None
     known = [graph.is_known(v) for v in node.inputs]
-    if known[0] == known[1]:
+    if known[0] == known[1] or not is_static(value, *node.inputs) or 0 in value.shape:
+        return None
+    if any(v.dtype != value.dtype for v in node.inputs) or node.params.get("out_sharding") is not None:
         return None
     return _dot(node, known.index(True)) if node.op == "dot_general" else _convolution(node, known.index(True))
 

@@ -60,9 +60,9 @@ def rebind(node: Node, *inputs: Any, **changes: Any) -> Any:
 
 def is_static(*values: Value) -> bool:
     """Whether the shapes are known numbers: no symbolic dimensions, no tokens or typed keys."""
+    # JAX's own dtypes, such as those of typed keys, are no NumPy dtypes.
     return all(
-        hasattr(v.aval, "shape") and all(isinstance(d, int) for d in v.shape) and not _jax.is_extended(v.dtype)
-        for v in values
+        isinstance(getattr(v.aval, "dtype", None), np.dtype) and all(type(d) is int for d in v.shape) for v in values
     )
 
 
