@@ -8,7 +8,7 @@ argument, and the state of NNX modules is written back after the call.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -202,13 +202,14 @@ class Options:
 
         return Options(shift(self.static_argnums), self.static_argnames, shift(self.donate_argnums))
 
-    def jit(self, fun: Callable[..., Any]) -> Any:
-        """``jax.jit`` with these options."""
+    def jit(self, fun: Callable[..., Any], compiler: Mapping[str, str], donates: bool) -> Any:
+        """``jax.jit`` with these options and compiler options; without donation unless ``donates``."""
         return jax.jit(
             fun,
             static_argnums=self.static_argnums or None,
             static_argnames=self.static_argnames or None,
-            donate_argnums=self.donate_argnums or None,
+            donate_argnums=(self.donate_argnums or None) if donates else None,
+            compiler_options=dict(compiler) or None,
         )
 
     def split(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from jaxinfer.arguments import Options, Static, is_stateful, needs_packing, pack
 from jaxinfer.call import optimized_call
 from jaxinfer.graph import Graph
 from jaxinfer.pipeline import TUNES, Settings, Tune
-from jaxinfer.program import Program, settle
+from jaxinfer.program import Form, Program, settle
 from jaxinfer.report.explain import Explanation
 from jaxinfer.report.hlo import HloComparison
 from jaxinfer.rewriting import Rule, Tier
@@ -140,7 +142,7 @@ class Optimized:
             return self._call_in_trace(args, kwargs)
         signature, leaves, tree, static = self._options.signature(args, kwargs)
         if signature not in self._runs:
-            self._settle(signature, leaves, tree, static)
+            self._settle(signature, leaves, tree, static, signature)
         self._hot = run = self._runs[signature]
         return run(*args, **kwargs)
 
@@ -193,8 +195,7 @@ class Optimized:
 
     def graph(self, *args: Any, **kwargs: Any) -> Graph:
         """The graph of the program that runs."""
-        program = self.program(*args, **kwargs)
-        return program.improved.graph if program.optimized else program.original
+        return self.program(*args, **kwargs).graph
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What was done to the program for these arguments, why, and what it brought: a table, and data."""
@@ -207,10 +208,8 @@ class Optimized:
             return inner.compare_hlo(*call)
         program = self.program(*args, **kwargs)
         _, leaves, _, _ = self._options.signature(args, kwargs)
-        sides = [
-            jax.jit(program.flat(side)).lower(program.weights_of(side), *leaves).compile() for side in (False, True)
-        ]
-        return HloComparison.of(*sides, title=program.name)
+        forms = (None, program.form or Form("rewritten", program.improved.graph))
+        return HloComparison.of(*(_compiled_flat(program, form, leaves) for form in forms), title=program.name)
 
     def program(self, *args: Any, **kwargs: Any) -> Program:
         """What was settled for these arguments; settles it now if they are new.
@@ -220,17 +219,23 @@ class Optimized:
         if self._packs(args, kwargs):
             inner, call = self._inner_call(args, kwargs)
             return inner.program(*call)
+        return self._programs[self._settled(args, kwargs)]
+
+    def _settled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Settles the signature of a call if it is new; where its program is found."""
         signature, leaves, tree, static = self._options.signature(args, kwargs)
-        if signature not in self._programs:
-            self._settle(signature, leaves, tree, static)
-        return self._programs[signature]
+        if signature in self._programs:
+            return signature
+        key = _Abstract(signature) if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves) else signature
+        if key not in self._programs:
+            self._settle(signature, leaves, tree, static, key)
+        return key
 
     def _stage(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._packs(args, kwargs):
             inner, call = self._inner_call(args, kwargs)
             return inner._stage(method, call, {})
-        self.program(*args, **kwargs)
-        run = self._runs[self._options.signature(args, kwargs)[0]]
+        run = self._runs[self._settled(args, kwargs)]
         if isinstance(run, functools.partial):
             return getattr(run.func, method)(*run.args, *args, **kwargs)
         return getattr(run, method)(*args, **kwargs)
@@ -285,17 +290,27 @@ class Optimized:
             self._traces[signature] = (jaxpr, structure[0])
         return jaxpr, structure[0]
 
-    def _settle(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any) -> None:
+    def _settle(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any, key: Any) -> None:
         jaxpr, out_tree = self._trace(signature, leaves, tree, static)
-        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
-        known = dict(enumerate(self._known_leaves()))
-        program = settle(self.__name__, jaxpr, known, None if abstract else leaves, self._settings)
-        self._programs[signature], self._out_trees[signature] = program, out_tree
-        self._runs[signature] = self._compiled(signature, program.weights)
+        self._out_trees[signature] = out_tree
+        runs: dict[Form | None, Callable[..., Any]] = {}
 
-    def _compiled(self, signature: Any, weights: list[Any]) -> Callable[..., Any]:
-        """The settled program as a jitted function that refuses arguments of any other kind."""
-        flat, out_tree, options = self._programs[signature].flat(), self._out_trees[signature], self._options
+        def compile_form(program: Program, form: Form | None) -> _Compiled:
+            runs[form] = self._runner(signature, program, form, program.weights(form), donates=False)
+            return _Compiled(runs[form], leaves, tree, static)
+
+        known = dict(enumerate(self._known_leaves()))
+        operands = leaves if key == signature else None
+        program = settle(self.__name__, jaxpr, known, operands, self._settings, compile_form)
+        run = None if self._options.donate_argnums else runs.get(program.form)
+        self._programs[key] = program
+        self._runs[key] = run or self._runner(signature, program, program.form, program.weights(program.form))
+
+    def _runner(
+        self, signature: Any, program: Program, form: Form | None, weights: list[Any], donates: bool = True
+    ) -> Callable[..., Any]:
+        """A form of a program as a jitted function that refuses arguments of any other kind."""
+        flat, out_tree, options = program.flat(form), self._out_trees[signature], self._options
 
         def entry(weights: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             other, operands, _, _ = options.signature(args, kwargs)
@@ -303,11 +318,48 @@ class Optimized:
                 raise _OtherSignature
             return jax.tree.unflatten(out_tree, flat(weights, *operands))
 
+        compiler = form.options if form else {}
         if not weights:
             named = functools.wraps(self._fun, updated=())(lambda *args, **kwargs: entry([], args, kwargs))
-            return options.jit(named)
+            return options.jit(named, compiler, donates)
         named = functools.wraps(self._fun, updated=())(lambda weights, *args, **kwargs: entry(weights, args, kwargs))
-        return functools.partial(options.shifted(1).jit(named), weights)
+        return functools.partial(options.shifted(1).jit(named, compiler, donates), weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Abstract:
+    """The key of a program settled for types without values; calls with values settle anew."""
+
+    signature: Any
+
+
+class _Compiled:
+    """A form compiled for one kind of call, to be run on flat operands."""
+
+    def __init__(self, run: Callable[..., Any], leaves: Sequence[Any], tree: Any, static: Any):
+        bound = isinstance(run, functools.partial)
+        self._run = run.func if isinstance(run, functools.partial) else run
+        self.weights: list[Any] = run.args[0] if isinstance(run, functools.partial) else []
+        self._leading, self._tree, self._static = bound, tree, static
+        start = time.perf_counter()
+        args, kwargs = self._call(leaves, self.weights)
+        compiled = self._run.lower(*args, **kwargs).compile()  # type: ignore[attr-defined]
+        self.compile_seconds = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        self.temporary_bytes: int | None = None if memory is None else memory.temp_size_in_bytes
+
+    def _call(self, operands: Sequence[Any], weights: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        args, kwargs = Options.join(jax.tree.unflatten(self._tree, operands), self._static)
+        return ([list(weights), *args] if self._leading else args), kwargs
+
+    def __call__(self, operands: Sequence[Any], weights: Sequence[Any] | None = None) -> list[Any]:
+        args, kwargs = self._call(operands, self.weights if weights is None else weights)
+        return jax.tree.leaves(self._run(*args, **kwargs))
+
+
+def _compiled_flat(program: Program, form: Form | None, leaves: Sequence[Any]) -> Any:
+    jitted = jax.jit(program.flat(form), compiler_options=dict(form.options) if form else None)
+    return jitted.lower(program.weights(form), *leaves).compile()
 
 
 class Frozen(Optimized):
@@ -335,13 +387,15 @@ class Frozen(Optimized):
             self._traces.clear()
             self._bound = _jax.shapes_of(self._bound)
 
-    def _settle(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any) -> None:
+    def _settle(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any, key: Any) -> None:
         if signature in self._weights:
-            self._runs[signature] = self._compiled(signature, self._weights[signature])
+            program = self._programs[signature]
+            self._runs[signature] = self._runner(signature, program, program.form, self._weights[signature])
             return
-        super()._settle(signature, leaves, tree, static)
-        if self._programs[signature].optimized:
-            self._weights[signature] = self._programs[signature].weights
+        super()._settle(signature, leaves, tree, static, key)
+        program = self._programs[key]
+        if program.optimized and key == signature:
+            self._weights[signature] = program.weights(program.form)
 
     def _binds_arguments(self) -> bool:
         return False
@@ -381,7 +435,7 @@ class Frozen(Optimized):
             return super()._call_in_trace(args, kwargs)
         program, weights = self._programs[signature], self._weights[signature]
         count = len(weights)
-        run = program.flat()
+        run = program.flat(program.form)
         folded = _jax.make_jaxpr(lambda *a: run(a[:count], *a[count:]), [*map(_jax.abstract, (*weights, *leaves))])
         results = optimized_call(
             folded, [*weights, *leaves], None, derivative=self._derivative(program, weights, leaves), folded=count
@@ -390,7 +444,8 @@ class Frozen(Optimized):
 
     def _derivative(self, program: Program, weights: Sequence[Any], leaves: Sequence[Any]) -> Any:
         """The program as written, to be differentiated in place of the folded one while the weights are its own."""
-        own = len(weights) == len(program.weights) and all(a is b for a, b in zip(weights, program.weights))
+        mine = program.weights(program.form)
+        own = len(weights) == len(mine) and all(a is b for a, b in zip(weights, mine))
         if not own or program.released:
             return None
         known = list(program.known.values())

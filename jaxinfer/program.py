@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from jaxinfer.graph import Graph, GraphBuilder, Value, emit, is_inline, trace
 from jaxinfer.pipeline import Improved, RuleError, Settings, improve, platform_now, rules_digest
 from jaxinfer.search.cache import default_cache, key
 from jaxinfer.search.device import environment_key
-from jaxinfer.search.measure import PairedRatio, compare
+from jaxinfer.search.measure import PairedRatio, compare, time_candidates
+from jaxinfer.search.options import compiler_options
 from jaxinfer.search.verify import Agreement, agree, guilty, nudge
 
 # Seconds for timing the whole program, out of the tuning budget.
@@ -27,6 +28,21 @@ _GATE_SECONDS = 4.0
 
 class VerificationWarning(UserWarning):
     """A rewritten program gave other results than the original, which is used instead."""
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A whole program that could run in the place of the original.
+
+    Attributes:
+        name: how reports call it.
+        graph: the program.
+        options: compiler options it is compiled with.
+    """
+
+    name: str
+    graph: Graph
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,14 +55,15 @@ class Program:
         known: the frozen arguments, by position.
         original: the graph of that program.
         improved: what rewriting made of it.
-        optimized: whether the rewritten program runs, or the original.
+        form: what runs; None for the original.
         reason: why, in one sentence.
         agreement: how the results compared, None where they were not.
-        ratio: time of the rewritten program relative to the original, None where it was not measured.
+        ratio: time of ``form`` (or the best form tried) relative to the original, None where it was not measured.
         verified: ``"now"``, ``"earlier"`` (by another process, on the same weights) or ``"never"``.
-        compile_seconds: of the original and the rewritten program, where compiled.
-        released: whether the original weights were let go.
+        compile_seconds: of the original and the form, where compiled.
         temporary_bytes: memory both need besides arguments and results, where known.
+        tried: seconds of every form that was timed, by name.
+        released: whether the original weights were let go.
     """
 
     name: str
@@ -54,15 +71,37 @@ class Program:
     known: Mapping[int, Any]
     original: Graph
     improved: Improved
-    optimized: bool = False
+    form: Form | None = None
     reason: str = ""
     agreement: Agreement | None = None
     ratio: PairedRatio | None = None
     verified: str = "never"
     compile_seconds: dict[str, float] = field(default_factory=dict)
     temporary_bytes: dict[str, int] = field(default_factory=dict)
-
+    tried: dict[str, float] = field(default_factory=dict)
     released: bool = False
+
+    @property
+    def optimized(self) -> bool:
+        """Whether something else than the original runs."""
+        return self.form is not None
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the program that runs."""
+        return self.original if self.form is None else self.form.graph
+
+    def weights(self, form: Form | None) -> list[Any]:
+        """The arrays that :meth:`flat` of the same form takes first."""
+        if form is None and not self.known:
+            return []
+        return [w.value for w in (self.original if form is None else form.graph).weights]
+
+    def flat(self, form: Form | None) -> Callable[..., list[Any]]:
+        """``f(weights, *unknown arguments) -> results`` of a form, or of the original."""
+        if form is None and not self.known:
+            return lambda weights, *operands: _jax.jaxpr_as_fun(self.jaxpr)(*operands)
+        return emit(self.original if form is None else form.graph)
 
     def release_original(self) -> None:
         """Lets go of the original weights; only their types are kept."""
@@ -70,27 +109,28 @@ class Program:
         self.known = _jax.shapes_of(dict(self.known))
         self.original = _without_values(self.original)
 
-    @property
-    def weights(self) -> list[Any]:
-        """The arrays that :meth:`flat` takes first."""
-        return self.weights_of(self.optimized)
 
-    def weights_of(self, optimized: bool) -> list[Any]:
-        """The arrays of the rewritten program, or those of the original."""
-        if not optimized and not self.known:
-            return []
-        return [w.value for w in (self.improved.graph if optimized else self.original).weights]
+class Runnable(Protocol):
+    """A form compiled for the arguments of the first call."""
 
-    def flat(self, optimized: bool | None = None) -> Callable[..., list[Any]]:
-        """``f(weights, *unknown arguments) -> results`` of the program that runs (or of the one asked for)."""
-        optimized = self.optimized if optimized is None else optimized
-        if not optimized and not self.known:
-            return lambda weights, *operands: _jax.jaxpr_as_fun(self.jaxpr)(*operands)
-        return emit(self.improved.graph if optimized else self.original)
+    compile_seconds: float
+    temporary_bytes: int | None
+    weights: list[Any]
+
+    def __call__(self, operands: Sequence[Any], weights: Sequence[Any] | None = None) -> list[Any]:
+        """Runs it: flat operands in, flat results out."""
+
+
+Compile = Callable[[Program, "Form | None"], Runnable]
 
 
 def settle(
-    name: str, jaxpr: Any, known: Mapping[int, Any], operands: Sequence[Any] | None, settings: Settings
+    name: str,
+    jaxpr: Any,
+    known: Mapping[int, Any],
+    operands: Sequence[Any] | None,
+    settings: Settings,
+    compile_form: Compile,
 ) -> Program:
     """Optimizes a program for one signature.
 
@@ -100,12 +140,12 @@ def settle(
         known: frozen arguments by position.
         operands: the other arguments, concrete; None where they are abstract, so that nothing can be run.
         settings: how.
+        compile_form: compiles a form of the program; what it compiles is what will run.
 
     Returns:
         The program to run. It is the original where rewriting changes nothing, fails, gives other results or is not
         faster; ``reason`` says which.
     """
-    # What was frozen stays as it was given in the original program: weights that no operation was applied to.
     original = trace(jaxpr, known)
     program = Program(name, jaxpr, known, original, Improved(original))
     if _jax.uses_refs(jaxpr):
@@ -115,100 +155,109 @@ def settle(
     measure = operands is not None and single and settings.tune != "off"
     verdict = _Verdict(program, settings) if operands is not None and single else None
     stored = verdict.load() if verdict else None
-    if stored is not None and not stored["optimized"]:
-        _recall(program, stored)
+    if stored is not None and stored["form"] is None:
+        _recall(program, stored, None)
         return program
     deadline = time.perf_counter() + settings.seconds if measure else None
-    if not _rewrite(program, settings, measure, deadline):
-        return program
-    if stored is not None and stored["result"] == program.improved.graph.fingerprint:
-        _recall(program, stored)
-        return program
-    program.optimized = True
-    if operands is None:
-        program.reason = "rewritten; nothing was run, so it is neither verified nor timed"
-    elif original.has_effects:
-        program.reason = "rewritten; a program with effects never runs twice, so it is neither verified nor timed"
+    forms = _forms(program, settings, measure, deadline)
+    recalled = next((f for f in forms if stored and (f.name, f.graph.fingerprint) == stored["form"]), None)
+    if recalled is not None:
+        assert stored is not None
+        _recall(program, stored, recalled)
+    elif not forms:
+        pass
+    elif operands is None or original.has_effects:
+        program.form = forms[0]
+        why = "nothing was run" if operands is None else "a program with effects never runs twice"
+        program.reason = f"rewritten; {why}, so it is neither verified nor timed"
     else:
-        _judge(program, operands, settings, measure)
-        if verdict and (settings.verify and measure):
+        _judge(program, forms, [_copy(x) for x in operands], settings, measure, deadline, compile_form)
+        if verdict and settings.verify and measure:
             verdict.save()
     return program
 
 
-def _rewrite(program: Program, settings: Settings, measure: bool, deadline: float | None) -> bool:
-    """Fills in ``improved``; False where the original is all there is."""
+def _forms(program: Program, settings: Settings, measure: bool, deadline: float | None) -> list[Form]:
+    """What could run in the place of the original, the plainly rewritten program first; fills in ``improved``."""
+    platform = platform_now()
     try:
-        program.improved = improve(program.original, settings, platform_now(), measure=measure, deadline=deadline)
+        program.improved = improve(program.original, settings, platform, measure=measure, deadline=deadline)
     except RuleError as error:
         warnings.warn(f"{program.name} runs as written: {error}", VerificationWarning, stacklevel=2)
         program.reason = f"rewriting failed: {error}"
-        return False
+        return []
     graph = program.improved.graph
-    if graph is program.original or str(graph) == str(program.original):
+    changed = graph is not program.original and str(graph) != str(program.original)
+    forms = [Form("rewritten", graph)] if changed else []
+    if measure and not program.original.has_effects:
+        for words, options in compiler_options(platform):
+            forms.append(Form(f"{'rewritten' if changed else 'as written'}, {words}", graph, options))
+    if not forms:
         program.reason = "no rule improves it"
-        return False
-    return True
+    return forms
 
 
-def _judge(program: Program, operands: Sequence[Any], settings: Settings, measure: bool) -> None:
-    """Verifies and times the rewritten program against the original on the operands of the first call."""
-    program.reason = "rewritten"
+def _judge(
+    program: Program,
+    forms: Sequence[Form],
+    operands: Sequence[Any],
+    settings: Settings,
+    measure: bool,
+    deadline: float | None,
+    compile_form: Compile,
+) -> None:
+    """Verifies the forms and times them against the original on the operands of the first call."""
+    program.form, program.reason = forms[0], forms[0].name
     if not settings.verify and not measure:
         return
-    operands = [_copy(x) for x in operands]
-    before = _compile(program, False, operands)
-    after = _compile(program, True, operands)
+    before = compile_form(program, None)
+    right: dict[Form, Runnable] = {}
+    reference = moved = None
     if settings.verify:
-        reference = before()
-        moved = _compiled_original(program, operands, before)
-        program.agreement = agree(reference, after(), moved, settings.numerics)
-        program.verified = "now"
-        if not program.agreement.passed:
-            program.agreement = _second_opinion(program, operands, settings) or program.agreement
-        if not program.agreement.passed:
-            _reject(program, operands, settings, reference, moved)
-            return
+        reference = before(operands)
+        moved = before(nudge(operands), nudge(before.weights))
+    for form in forms:
+        if form is not forms[0] and deadline is not None and time.perf_counter() > deadline:
+            break
+        after = compile_form(program, form)
+        if reference is not None and moved is not None:
+            agreement = agree(reference, after(operands), moved, settings.numerics)
+            if not agreement.passed:
+                agreement = _second_opinion(program, operands, settings) or agreement
+            if form is forms[0] or agreement.passed:
+                program.agreement, program.verified = agreement, "now"
+            if form is forms[0] and not agreement.passed:
+                _reject(program, operands, settings, reference, moved)
+                return
+            if not agreement.passed:
+                continue
+        right[form] = after
     if not measure:
         program.reason = "rewritten and verified; not timed, as asked"
-        return
-    program.ratio = compare(before, after, budget_s=_GATE_SECONDS)
-    program.optimized = program.ratio.is_faster
+    else:
+        _time(program, before, right, operands)
+    _record(program, before, right.get(program.form) if program.form else None)
+
+
+def _time(program: Program, before: Runnable, right: Mapping[Form, Runnable], operands: Sequence[Any]) -> None:
+    """Keeps the fastest form if it is faster than the original beyond doubt."""
+    calls = [lambda run=run: run(operands) for run in right.values()]
+    times = time_candidates(calls, budget_s=_GATE_SECONDS) if len(calls) > 1 else [0.0]
+    best = min(zip(times, right), key=lambda pair: pair[0])[1]
+    program.tried = {form.name: seconds for form, seconds in zip(right, times)} if len(calls) > 1 else {}
+    program.ratio = compare(lambda: before(operands), lambda: right[best](operands), budget_s=_GATE_SECONDS)
     ratio, low, high = 1 / program.ratio.ratio, 1 / program.ratio.high, 1 / program.ratio.low
     measured = f"{ratio:.2f}× the original's speed (95 % bounds {low:.2f} to {high:.2f})"
-    program.reason = f"rewritten: {measured}" if program.optimized else f"not faster: {measured}"
+    program.form = best if program.ratio.is_faster else None
+    program.reason = f"{best.name}: {measured}" if program.form else f"not faster: {measured} when {best.name}"
 
 
-class _Compiled:
-    """A compiled program bound to its operands."""
-
-    def __init__(self, compiled: Any, weights: Sequence[Any], operands: Sequence[Any]):
-        self._compiled, self._weights, self._operands = compiled, list(weights), list(operands)
-
-    def __call__(self, operands: Sequence[Any] | None = None, weights: Sequence[Any] | None = None) -> list[Any]:
-        return self._compiled(
-            self._weights if weights is None else weights, *(self._operands if operands is None else operands)
-        )
-
-    @property
-    def weights(self) -> list[Any]:
-        return self._weights
-
-
-def _compile(program: Program, optimized: bool, operands: Sequence[Any]) -> _Compiled:
-    start = time.perf_counter()
-    weights = program.weights_of(optimized)
-    compiled = jax.jit(program.flat(optimized)).lower(weights, *operands).compile()
-    side = "optimized" if optimized else "original"
-    program.compile_seconds[side] = time.perf_counter() - start
-    if (memory := compiled.memory_analysis()) is not None:
-        program.temporary_bytes[side] = memory.temp_size_in_bytes
-    return _Compiled(compiled, weights, operands)
-
-
-def _compiled_original(program: Program, operands: Sequence[Any], before: _Compiled) -> list[Any]:
-    """Results of the original for operands and weights moved by one unit in the last place."""
-    return before(nudge(operands), nudge(before.weights))
+def _record(program: Program, before: Runnable, after: Runnable | None) -> None:
+    for side, run in (("original", before), ("optimized", after)):
+        if run is not None:
+            program.compile_seconds[side] = run.compile_seconds
+            if run.temporary_bytes is not None:
+                program.temporary_bytes[side] = run.temporary_bytes
 
 
 def _second_opinion(program: Program, operands: Sequence[Any], settings: Settings) -> Agreement | None:
@@ -266,7 +315,7 @@ def _reject(
     culprit = guilty(fired, passes)
     blame = f"rule {culprit!r} is to blame" if culprit else "no single rule is to blame"
     assert program.agreement is not None
-    program.optimized = False
+    program.form = None
     program.reason = f"verification failed ({program.agreement.reason}); {blame}"
     warnings.warn(
         f"{program.name} runs as written: the rewritten program gave other results ({program.agreement.reason}); "
@@ -293,7 +342,9 @@ class _Verdict:
 
     def load(self) -> dict[str, Any] | None:
         stored = default_cache().get(self.name) if self.name else None
-        return stored if isinstance(stored, dict) and {"optimized", "reason", "result"} <= set(stored) else None
+        if not isinstance(stored, dict) or not {"form", "reason"} <= set(stored):
+            return None
+        return {**stored, "form": stored["form"] and tuple(stored["form"])}
 
     def save(self) -> None:
         if self.name is None:
@@ -302,17 +353,16 @@ class _Verdict:
         default_cache().put(
             self.name,
             {
-                "optimized": p.optimized,
+                "form": None if p.form is None else (p.form.name, p.form.graph.fingerprint),
                 "reason": p.reason,
-                "result": p.improved.graph.fingerprint,
                 "agreement": None if p.agreement is None else vars(p.agreement),
                 "ratio": None if p.ratio is None else {k: getattr(p.ratio, k) for k in PairedRatio.__slots__},
             },
         )
 
 
-def _recall(program: Program, stored: Mapping[str, Any]) -> None:
-    program.optimized = stored["optimized"]
+def _recall(program: Program, stored: Mapping[str, Any], form: Form | None) -> None:
+    program.form = form
     program.reason = stored["reason"]
     if stored.get("agreement"):
         program.agreement = Agreement(**stored["agreement"])

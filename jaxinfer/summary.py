@@ -39,7 +39,9 @@ def explain(program: Program, settings: Settings, notes: tuple[str, ...] = ()) -
         rules=_rules(program, settings),
         choices=_choices(program),
         before=_figures(program, program.original, "original", ratio.before_ms if ratio else None),
-        after=_figures(program, improved.graph, "optimized", ratio.after_ms if ratio else None),
+        after=_figures(
+            program, program.graph if program.form else improved.graph, "optimized", ratio.after_ms if ratio else None
+        ),
         speedup=Speedup(1 / ratio.ratio, 1 / ratio.high, 1 / ratio.low) if ratio else None,
         verification=_verification(program),
         weights=_weights(program),
@@ -103,7 +105,7 @@ def _verification(program: Program) -> Verification:
 
 
 def _weights(program: Program) -> Weights:
-    folded = [w.aval for w in program.improved.graph.weights] if program.optimized else []
+    folded = [w.aval for w in program.form.graph.weights] if program.form else []
     return Weights(
         len(folded),
         sum(map(nbytes, folded)),

@@ -68,12 +68,14 @@ class Emit(Domain[Any]):
             return tuple(out[:carries]), tuple(out[carries:])
 
         init = _typed(inputs[consts : consts + carries], body.inputs[consts : consts + carries])
+        length = node.params["length"]
         with _jax.at_source(node.source, node.context):
             carry, ys = jax.lax.scan(
                 step,
                 init,
                 tuple(inputs[consts + carries :]),
-                length=node.params["length"],
+                # lax.scan takes a symbolic length from what is scanned alone.
+                length=length if isinstance(length, int) else None,
                 reverse=node.params["reverse"],
                 unroll=node.params["unroll"],
             )
