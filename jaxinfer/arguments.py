@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxinfer import _jax
 
-_ARRAYS = (jax.Array, jax.Ref, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)
+_SCALARS = (bool, int, float, complex)
+_ARRAYS = (jax.Array, jax.Ref, np.ndarray, np.generic, *_SCALARS, jax.ShapeDtypeStruct)
 
 
 @jax.tree_util.register_static
@@ -41,7 +42,8 @@ class Static:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self.value == other.value
+        # 1, 1.0 and True are equal in Python; programs made for them differ.
+        return isinstance(other, Static) and type(self.value) is type(other.value) and self.value == other.value
 
 
 def is_array(leaf: Any) -> bool:
@@ -55,17 +57,36 @@ def is_stateful(value: Any) -> bool:
     return nnx is not None and isinstance(value, nnx.Module)
 
 
+def is_record(value: Any) -> bool:
+    """Whether a value is an Equinox module: a pytree whose numbers and flags are settings and not data."""
+    equinox = sys.modules.get("equinox")
+    return equinox is not None and isinstance(value, equinox.Module)
+
+
+def _is_node(value: Any) -> bool:
+    return is_stateful(value) or is_record(value)
+
+
 def needs_packing(args: Any) -> bool:
     """Whether ``jax.jit`` could not take these arguments as they are."""
-    leaves = jax.tree.leaves(args, is_leaf=is_stateful)
-    return any(is_stateful(leaf) or not is_array(leaf) for leaf in leaves)
+
+    def takes(node: Any) -> bool:
+        return all(map(_is_data, jax.tree.leaves(node))) if is_record(node) else is_array(node)
+
+    return not all(map(takes, jax.tree.leaves(args, is_leaf=_is_node)))
+
+
+def _is_data(leaf: Any) -> bool:
+    """Whether a leaf of an Equinox module is an argument."""
+    return is_array(leaf) and not isinstance(leaf, _SCALARS)
 
 
 def pack(args: Any) -> tuple[list[Any], Static]:
     """Splits arguments into arrays and everything else.
 
     Args:
-        args: any pytree; Flax NNX modules may stand in it as leaves.
+        args: any pytree; Flax NNX modules may stand in it as leaves. Of Equinox modules the arrays are data, and
+            everything else, numbers and flags included, is not.
 
     Returns:
         The arrays, and a static value from which :func:`unpack` rebuilds the arguments around them.
@@ -73,11 +94,15 @@ def pack(args: Any) -> tuple[list[Any], Static]:
     Raises:
         TypeError: if something is neither an array nor hashable.
     """
-    nodes, outer = jax.tree.flatten(args, is_leaf=is_stateful)
+    nodes, outer = jax.tree.flatten(args, is_leaf=_is_node)
     arrays: list[Any] = []
     plan: list[Any] = []
     for node in nodes:
-        if is_stateful(node):
+        if is_record(node):
+            leaves, tree = jax.tree.flatten(node)
+            arrays.extend(filter(_is_data, leaves))
+            plan.append(("record", tree, tuple(None if _is_data(leaf) else Static(leaf) for leaf in leaves)))
+        elif is_stateful(node):
             definition, state = sys.modules["flax.nnx"].split(node)
             leaves, tree = jax.tree.flatten(state)
             arrays.extend(leaves)
@@ -96,7 +121,10 @@ def unpack(arrays: Sequence[Any], static: Static) -> Any:
     rest = iter(arrays)
     nodes = []
     for kind, *what in plan:
-        if kind == "module":
+        if kind == "record":
+            tree, settings = what
+            nodes.append(jax.tree.unflatten(tree, [next(rest) if s is None else s.value for s in settings]))
+        elif kind == "module":
             count, tree, definition = what
             state = jax.tree.unflatten(tree, [next(rest) for _ in range(count)])
             nodes.append(sys.modules["flax.nnx"].merge(definition, state))
@@ -160,8 +188,8 @@ def _require_hashable(place: int | str, value: Any) -> None:
     except TypeError as error:
         name = f"argument {place}" if isinstance(place, int) else f"argument {place!r}"
         raise TypeError(
-            f"static {name} is a {type(value).__name__}, which cannot be hashed: pass a hashable value (a tuple in place "
-            "of a list), or do not declare it static"
+            f"static {name} is a {type(value).__name__}, which cannot be hashed: pass a hashable value (a tuple in "
+            "place of a list), or do not declare it static"
         ) from error
 
 
