@@ -1,7 +1,7 @@
 """Is the rewritten program right? Comparing results, and finding the rule that made them wrong.
 
-Results of a reordered computation differ by rounding. How much rounding can matter in a given program is measured on the
-program itself: its inputs are moved by one unit in the last place, and what comes out moves by so much.
+Results of a reordered computation differ by rounding. How much rounding can matter in a given program is measured on
+the program itself: its inputs are moved by one unit in the last place, and what comes out moves by so much.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def nudge(values: Sequence[Any]) -> list[Any]:
         if not hasattr(aval, "dtype") or _jax.is_extended(aval.dtype) or not _jax.is_inexact(aval.dtype):
             return x
         signs = rng.integers(0, 2, aval.shape) * 2 - 1
-        return jnp.asarray(x) * (1 + signs.astype(aval.dtype) * jnp.finfo(aval.dtype).eps).astype(aval.dtype)
+        moved = jnp.asarray(x) * (1 + signs.astype(aval.dtype) * jnp.finfo(aval.dtype).eps).astype(aval.dtype)
+        return _jax.with_aval(moved, aval)
 
     return [move(x) for x in values]
 
