@@ -19,7 +19,8 @@ from jaxinfer import _jax
 # Constants up to this many elements are written into the program; larger ones become arguments of what is compiled.
 INLINE_ELEMENTS = 64
 # Primitives that must run as often as they are written although they declare no effect.
-_UNIQUE = frozenset({"rng_uniform", "optimization_barrier"})
+_STATEFUL = frozenset({"rng_uniform"})
+_UNIQUE = _STATEFUL | {"optimization_barrier"}
 
 
 class Value(NamedTuple):
@@ -87,7 +88,7 @@ class Node:
     @property
     def is_pure(self) -> bool:
         """Whether the node may be merged, moved, dropped or evaluated ahead of time."""
-        return not self.effects and self.op not in _UNIQUE
+        return not self.effects and self.op not in _UNIQUE and not any(g.is_stateful for g in self.subgraphs)
 
     @property
     def value(self) -> Any:
@@ -190,6 +191,31 @@ class Graph:
             yield node
             for sub in node.subgraphs:
                 yield from sub.walk()
+
+    @cached_property
+    def is_stateful(self) -> bool:
+        """Whether the program holds an operation that gives something else each time it runs."""
+        return any(node.op in _STATEFUL for node in self.walk())
+
+    @cached_property
+    def key(self) -> Any:
+        """A hashable key: in this process, equal keys mean interchangeable programs."""
+        names = {node: i for i, node in enumerate((*self.inputs, *self.nodes))}
+
+        def use(value: Value) -> Any:
+            node = value.node
+            return _const_key(node.value, node.aval) if node.is_const else (names[node], value.index)
+
+        return (
+            "graph",
+            tuple(_type_text(n.aval) for n in self.inputs),
+            tuple(
+                (n.primitive, params_key(n.params), tuple(map(use, n.inputs)), context_key(n.context))
+                for n in self.nodes
+            ),
+            tuple(map(use, self.outputs)),
+            tuple(map(_type_text, self.out_avals)),
+        )
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -316,7 +342,7 @@ def param_key(value: Any) -> Any:
     if isinstance(value, tuple):
         return (type(value), *map(param_key, value))
     if isinstance(value, Graph):
-        return ("graph", value.fingerprint or id(value), tuple(id(c.value) for c in value.weights))
+        return value.key
     try:
         hash(value)
     except TypeError:
