@@ -45,7 +45,7 @@ class Emit(Domain[Any]):
         self.weights = weights
 
     def constant(self, node: Node) -> Any:
-        return self.weights[node] if node in self.weights else node.value
+        return self.weights.get(node, node.value)
 
     def default(self, node: Node, *inputs: Any) -> Sequence[Any]:
         with _jax.at_source(node.source, node.context):
