@@ -64,8 +64,8 @@ def is_turn(node: Node | None) -> bool:
     return node is not None and node.op == "transpose" and tuple(node.params["permutation"]) == (1, 0)
 
 
-def flatten(graph: Graph, root: Node) -> Chain | None:
-    """The longest chain that ends in a product; None if that is no chain of three factors or more.
+def flatten(graph: Graph, root: Node, shortest: int = 3) -> Chain | None:
+    """The longest chain that ends in a product; None if it has fewer than ``shortest`` factors.
 
     A product inside is taken apart if nothing outside the chain uses it.
     """
@@ -79,7 +79,7 @@ def flatten(graph: Graph, root: Node) -> Chain | None:
         if not needed:
             break
         kept |= needed
-    return Chain(factors, tuple(products)) if 3 <= len(factors) <= _LONGEST else None
+    return Chain(factors, tuple(products)) if shortest <= len(factors) <= _LONGEST else None
 
 
 def _users(graph: Graph, node: Node) -> set[Node | None]:

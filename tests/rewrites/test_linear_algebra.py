@@ -13,7 +13,17 @@ from rewritten import compare, random, rewrite, total_flops
 
 from jaxinfer.analysis.chains import Factor, best_order
 from jaxinfer.graph import run, trace_function
-from jaxinfer.rewrites import linear_algebra, movement, parallel_products, reductions, simplify, slicing
+from jaxinfer.rewrites import (
+    affine,
+    conversions,
+    linear_algebra,
+    movement,
+    parallel_products,
+    reductions,
+    simplify,
+    slicing,
+    structured,
+)
 from jaxinfer.rewriting import Rewriter
 
 RULES = (*simplify.RULES, *movement.RULES, *reductions.RULES, *slicing.RULES, *linear_algebra.RULES)
@@ -206,3 +216,40 @@ class TestParallelProducts:
         (found,) = run(after, {}, np.array([3, 99]))
         assert np.isnan(found[1]).all()
         assert np.isfinite(found[0]).all()
+
+
+class TestStructured:
+    RULES = (*RULES, *conversions.RULES, *affine.RULES, *structured.RULES)
+
+    @pytest.mark.parametrize("n", [1, 2, 5])
+    def test_identity(self, n):
+        def function(a):
+            return jnp.eye(n) @ a, a.T @ jnp.eye(n)
+
+        after = compare(function, (random(n, 4),), self.RULES)
+        assert after.count("dot_general") == (2 if n == 1 else 0)
+
+    def test_diagonal(self):
+        def function(d, a):
+            return jnp.diag(d) @ a, a.T @ jnp.diag(d)
+
+        after = compare(function, (random(5), random(5, 4)), self.RULES)
+        assert after.count("dot_general") == 0
+
+    def test_other_diagonals_are_products(self):
+        after = compare(lambda d, a: jnp.diag(d, k=1) @ a, (random(4), random(5, 4)), self.RULES)
+        assert after.count("dot_general") == 1
+
+    def test_trace(self):
+        after = compare(lambda a, b: jnp.trace(a @ b), (random(30, 20), random(20, 30)), self.RULES, tolerance=1e-4)
+        assert total_flops(after) == 2 * 30 * 20
+
+    @pytest.mark.parametrize("rank", [2, 16])
+    def test_low_rank_adaptation(self, rank):
+        def function(x, w, a, b, c):
+            return x @ w + (x @ a) @ b * 0.5 + c
+
+        arguments = (random(4, 24), random(24, 24), random(24, rank), random(rank, 24), random(24))
+        after = compare(function, arguments, self.RULES, known=(1, 2, 3, 4))
+        assert after.count("dot_general") == 1
+        assert after.count("add", "mul") == 1
