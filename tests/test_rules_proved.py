@@ -1,6 +1,7 @@
 """Every registered rule keeps what it promises."""
 
 import pytest
+
 from jaxinfer.rewrites import RULES
 from jaxinfer.rewriting.prove import prove
 from jaxinfer.rewriting.rule import check_names
