@@ -20,7 +20,7 @@ from jaxinfer.search.cache import default_cache, key
 from jaxinfer.search.device import environment_key
 from jaxinfer.search.measure import PairedRatio, compare, time_candidates
 from jaxinfer.search.options import compiler_options
-from jaxinfer.search.verify import Agreement, agree, guilty, nudge
+from jaxinfer.search.verify import Agreement, agree, guilty, nudge, split_at_decisions
 
 # Seconds for timing the whole program, out of the tuning budget.
 _GATE_SECONDS = 4.0
@@ -263,39 +263,26 @@ def _record(program: Program, before: Runnable, after: Runnable | None) -> None:
 def _second_opinion(program: Program, operands: Sequence[Any], settings: Settings) -> Agreement | None:
     """Where only discontinuous results differ (indices, counts, comparisons), judges the floats they come from.
 
-    A tie broken the other way by rounding changes an argmax wholly; the values it looked at agree all the same.
+    A tie broken the other way by rounding changes an argmax wholly; the values it looked at agree all the same. What is
+    computed from those values must come out the same for the same values, and no rule may have gone unexamined.
     """
-    smooth = _smooth_view(program.original)
-    if smooth is None:
+    parts = split_at_decisions(program.original)
+    if parts is None:
         return None
-    improved = improve(smooth, settings, platform_now(), measure=False)
-    results = [jax.jit(emit(g))([w.value for w in g.weights], *operands) for g in (smooth, improved.graph)]
+    improved = [improve(part, settings, platform_now(), measure=False) for part in parts]
+    if not set(program.improved.applied()) <= {name for done in improved for name in done.applied()}:
+        return None
+    (smooth, decided), (new_smooth, new_decided) = parts, (done.graph for done in improved)
+    values = _run(smooth, operands)
     moved = jax.jit(emit(smooth))(nudge([w.value for w in smooth.weights]), *nudge(operands))
-    agreement = agree(*results, moved, settings.numerics)
-    return agreement if agreement.passed else None
+    agreement = agree(values, _run(new_smooth, operands), moved, settings.numerics)
+    looked_at = [*operands, *values[len(values) - (len(decided.inputs) - len(operands)) :]]
+    same = agree(_run(decided, looked_at), _run(new_decided, looked_at), None, settings.numerics)
+    return agreement if agreement.passed and same.passed else None
 
 
-_DISCONTINUOUS = frozenset(
-    "argmax argmin sort top_k lt le gt ge eq ne lt_to le_to floor ceil round sign convert_element_type is_finite".split()
-)
-
-
-def _smooth_view(graph: Graph) -> Graph | None:
-    """The program that gives the float results, and the float values behind the others, instead of the results."""
-    outputs = [v for v in graph.outputs if _jax.is_inexact(v.dtype)]
-    if len(outputs) == len(graph.outputs):
-        return None
-    stack = [v for v in graph.outputs if not _jax.is_inexact(v.dtype)]
-    seen = set(stack)
-    while stack:
-        value = stack.pop()
-        for operand in value.node.inputs:
-            if operand in seen:
-                continue
-            seen.add(operand)
-            crosses = value.node.op in _DISCONTINUOUS and _jax.is_inexact(operand.dtype)
-            (outputs if crosses and not operand.node.is_const else stack).append(operand)
-    return Graph(graph.inputs, graph.nodes, tuple(dict.fromkeys(outputs)))
+def _run(graph: Graph, operands: Sequence[Any]) -> list[Any]:
+    return jax.jit(emit(graph))([w.value for w in graph.weights], *operands)
 
 
 def _reject(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import _jax
+from jaxinfer.graph import Graph, GraphBuilder, Value
 
 # A difference is rounding if it is below this many units in the last place of the largest result ...
 _UNITS = {"bitwise": 64.0, "reassociate": 1024.0, "lossy": 16384.0}
@@ -120,6 +121,52 @@ def guilty(names: Sequence[str], passes: Callable[[Sequence[str]], bool]) -> str
         else:
             high = middle
     return names[high - 1] if names else None
+
+
+def split_at_decisions(graph: Graph) -> tuple[Graph, Graph] | None:
+    """Splits a program where it turns floats into something else: an index, a count, a truth value.
+
+    Returns:
+        The program that gives the floating-point results, and after them the floats that decisions look at; and the
+        program that takes the inputs and those floats and gives the other results. None where nothing is decided.
+    """
+    smooth = [v for v in graph.outputs if _is_smooth(v)]
+    others = [v for v in graph.outputs if not _is_smooth(v)]
+    looked_at: dict[Value, None] = {}
+    stack, seen = list(others), set(others)
+    while stack:
+        value = stack.pop()
+        for operand in value.node.inputs:
+            if _is_smooth(operand) and not _is_smooth(value):
+                if not operand.node.is_const:
+                    looked_at[operand] = None
+            elif operand not in seen:
+                seen.add(operand)
+                stack.append(operand)
+    if not looked_at:
+        return None
+    builder = GraphBuilder()
+    builder.inputs = list(graph.inputs)
+    moved = {value: builder.input(value.aval) for value in looked_at}
+    for node in graph.nodes:
+        new = builder.copy(node, [moved.get(v, v) for v in node.inputs])
+        for i in range(len(node.avals)):
+            moved.setdefault(Value(node, i), Value(new, i))
+    decided = builder.build([moved.get(v, v) for v in others])
+    return _part(graph, (*smooth, *looked_at)), decided
+
+
+def _part(graph: Graph, outputs: Sequence[Value]) -> Graph:
+    """The program that gives only some values, without the operations that only others need."""
+    builder = GraphBuilder()
+    builder.inputs = list(graph.inputs)
+    for node in graph.nodes:
+        builder.add(node)
+    return builder.build(outputs)
+
+
+def _is_smooth(value: Value) -> bool:
+    return hasattr(value.aval, "dtype") and _jax.is_inexact(value.dtype)
 
 
 def _wide(x: Any) -> np.ndarray:
