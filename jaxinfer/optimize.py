@@ -347,6 +347,7 @@ class _Compiled:
         self.compile_seconds = time.perf_counter() - start
         memory = compiled.memory_analysis()
         self.temporary_bytes: int | None = None if memory is None else memory.temp_size_in_bytes
+        self.peak_bytes: int | None = None if memory is None else _peak(memory)
 
     def _call(self, operands: Sequence[Any], weights: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         args, kwargs = Options.join(jax.tree.unflatten(self._tree, operands), self._static)
@@ -355,6 +356,12 @@ class _Compiled:
     def __call__(self, operands: Sequence[Any], weights: Sequence[Any] | None = None) -> list[Any]:
         args, kwargs = self._call(operands, self.weights if weights is None else weights)
         return jax.tree.leaves(self._run(*args, **kwargs))
+
+
+def _peak(memory: Any) -> int:
+    """Bytes a compiled program holds while it runs: arguments, results and what it needs in between."""
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return held - memory.alias_size_in_bytes
 
 
 def _compiled_flat(program: Program, form: Form | None, leaves: Sequence[Any]) -> Any:

@@ -153,8 +153,9 @@ def _policy(
     settings: Settings, rules: tuple[Rule, ...], platform: str, measure: bool, deadline: float | None
 ) -> Policy:
     kind = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
-    if settings.tune == "off" or kind != jax.default_backend():
-        # Deterministic, or for a device that is not here: nothing measured may enter.
+    if settings.tune == "off" or kind != jax.default_backend() or jax.process_count() > 1:
+        # Deterministic, or for a device that is not here: nothing measured may enter. Several processes must compile
+        # the same program, and each would measure something else.
         return Policy(kind, default_peaks(kind))
     return Policy(
         kind,

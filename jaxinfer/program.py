@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import _jax
+from jaxinfer.analysis.cost import nbytes
 from jaxinfer.graph import Graph, GraphBuilder, Value, emit, is_inline, trace
 from jaxinfer.pipeline import Improved, RuleError, Settings, improve, platform_now, rules_digest
 from jaxinfer.search.cache import default_cache, key
@@ -24,6 +25,9 @@ from jaxinfer.search.verify import Agreement, agree, guilty, nudge, split_at_dec
 
 # Seconds for timing the whole program, out of the tuning budget.
 _GATE_SECONDS = 4.0
+# A form may need this many times the original's peak memory, besides its folded weights and a little that never matters.
+_MEMORY = 1.05
+_FREE_BYTES = 1 << 20
 
 
 class VerificationWarning(UserWarning):
@@ -115,6 +119,7 @@ class Runnable(Protocol):
 
     compile_seconds: float
     temporary_bytes: int | None
+    peak_bytes: int | None
     weights: list[Any]
 
     def __call__(self, operands: Sequence[Any], weights: Sequence[Any] | None = None) -> list[Any]:
@@ -212,6 +217,7 @@ def _judge(
         return
     before = compile_form(program, None)
     right: dict[Form, Runnable] = {}
+    heavy: list[str] = []
     reference = moved = None
     if settings.verify:
         reference = before(operands)
@@ -220,6 +226,9 @@ def _judge(
         if form is not forms[0] and deadline is not None and time.perf_counter() > deadline:
             break
         after = compile_form(program, form)
+        if _needs_too_much(before, after):
+            heavy.append(form.name)
+            continue
         if reference is not None and moved is not None:
             agreement = agree(reference, after(operands), moved, settings.numerics)
             if not agreement.passed:
@@ -232,11 +241,23 @@ def _judge(
             if not agreement.passed:
                 continue
         right[form] = after
-    if not measure:
+    if not right:
+        program.form = None
+        program.reason = f"more than {_MEMORY}× the original's peak memory when {' or '.join(heavy)}"
+    elif not measure:
+        program.form = next(iter(right))
         program.reason = "rewritten and verified; not timed, as asked"
     else:
         _time(program, before, right, operands)
     _record(program, before, right.get(program.form) if program.form else None)
+
+
+def _needs_too_much(before: Runnable, after: Runnable) -> bool:
+    """Whether a form needs more memory than the original, beyond its own weights and a little."""
+    if before.peak_bytes is None or after.peak_bytes is None:
+        return False
+    folded = sum(nbytes(_jax.aval_of(w)) for w in after.weights)
+    return after.peak_bytes > _MEMORY * before.peak_bytes + folded + _FREE_BYTES
 
 
 def _time(program: Program, before: Runnable, right: Mapping[Form, Runnable], operands: Sequence[Any]) -> None:
