@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.analysis.products import Linear, is_valid_convolution, linear
-from jaxinfer.analysis.structure import Layout, is_rounded, is_static, layout, rebind, size
+from jaxinfer.analysis.structure import Layout, again, is_rounded, is_static, layout, rebind, size
 from jaxinfer.graph import Graph, Node, Value
 from jaxinfer.rewriting import Find, Match, Rule, is_float
 from jaxinfer.rewriting.sampler import Frozen
@@ -84,10 +84,10 @@ def _find_scaled(graph: Graph, node: Node) -> Match | None:
 def _scale_weights(m: Match, w: Any, x: Any, k: Any = None) -> Any:
     node = m.roots[0].node
     if k is None:
-        product = linear(m.graph, node.inputs[0])
+        product = again(linear(m.graph, node.inputs[0]))
         return _result(m, product, lax.neg(w), x)
-    y, known, _ = _split(m.graph, node)
-    product = linear(m.graph, y)
+    y, known, _ = again(_split(m.graph, node))
+    product = again(linear(m.graph, y))
     operation = lax.mul if node.op == "mul" else lax.div
     return _result(m, product, _scaled_weights(product, w, _layout_of(known, len(y.shape)), k, operation), x)
 
@@ -189,11 +189,11 @@ def _find_scaled_input(graph: Graph, node: Node) -> Match | None:
 
 
 def _scale_before(m: Match, w: Any, x: Any, k: Any = None) -> Any:
-    product = linear(m.graph, m.roots[0])
+    product = again(linear(m.graph, m.roots[0]))
     before = product.input.node
     if k is None:
         return _result(m, product, lax.neg(w), x)
-    factor = _layout_of(_split(m.graph, before)[1], x.ndim)
+    factor = _layout_of(again(_split(m.graph, before))[1], x.ndim)
     operation = lax.mul if before.op == "mul" else lax.div
     return _result(m, product, operation(w, _meeting(product, factor, k, w)), x)
 
@@ -244,9 +244,9 @@ def _adds_known(graph: Graph, node: Node) -> bool:
 
 
 def _shift_after(m: Match, w: Any, x: Any, b: Any) -> Any:
-    product = linear(m.graph, m.roots[0])
+    product = again(linear(m.graph, m.roots[0]))
     sign_x, sign_b = _signs(m, product.input.node)
-    term = _layout_of(_split(m.graph, product.input.node)[1], x.ndim)
+    term = _layout_of(again(_split(m.graph, product.input.node))[1], x.ndim)
     y = _result(m, product, w, x)
     met = lax.mul(w, lax.broadcast_in_dim(_meeting(product, term, b, w), w.shape, range(w.ndim)))
     bias = _contribution(product, met)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer.analysis.structure import is_static, known_number
+from jaxinfer.analysis.structure import again, is_static, known_number
 from jaxinfer.graph import Graph, Node, Value, run
 from jaxinfer.rewriting import Find, Match, Rule
 from jaxinfer.rewriting.sampler import Frozen
@@ -31,7 +31,7 @@ def _find_known_branch(graph: Graph, node: Node) -> Match | None:
 def _run_branch(m: Match, **operands: Any) -> Any:
     node = m.roots[0].node
     branches = node.params["branches"]
-    index = int(known_number(m.graph, node.inputs[0]))
+    index = int(again(known_number(m.graph, node.inputs[0])))
     return run(branches[min(max(index, 0), len(branches) - 1)], {}, *operands.values())
 
 

@@ -29,15 +29,14 @@ def holds(wide: Any, narrow: Any) -> bool:
     if not jnp.issubdtype(wide, jnp.floating):
         if jnp.issubdtype(narrow, jnp.floating):
             return False
-        w, n = jnp.iinfo(wide), jnp.iinfo(narrow)
-        return int(w.min) <= int(n.min) and int(n.max) <= int(w.max)
+        whole, part = jnp.iinfo(wide), jnp.iinfo(narrow)
+        return int(whole.min) <= int(part.min) and int(part.max) <= int(whole.max)
     w = jnp.finfo(wide)
     if jnp.issubdtype(narrow, jnp.floating):
         n = jnp.finfo(narrow)
         # Formats of one byte differ in infinities and NaNs too.
         return narrow.itemsize > 1 and w.nmant >= n.nmant and w.minexp <= n.minexp and w.maxexp >= n.maxexp
-    n = jnp.iinfo(narrow)
-    return n.bits <= min(w.nmant + 1, w.maxexp)
+    return jnp.iinfo(narrow).bits <= min(w.nmant + 1, w.maxexp)
 
 
 def _to_itself(m: Match) -> bool:

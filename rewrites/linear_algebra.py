@@ -21,7 +21,7 @@ from jaxinfer.analysis.chains import (
     written_flops,
 )
 from jaxinfer.analysis.products import free_axes, same_product
-from jaxinfer.analysis.structure import is_static, layout, rebind, size
+from jaxinfer.analysis.structure import again, is_static, layout, rebind, size
 from jaxinfer.graph import Graph, Node, Value
 from jaxinfer.rewriting import Find, Match, Rule
 
@@ -52,7 +52,7 @@ def _find_chain(graph: Graph, node: Node) -> Match | None:
 
 def _multiply_chain(m: Match, **arrays: Any) -> Any:
     node = m.roots[0].node
-    chain = flatten(m.graph, node)
+    chain = again(flatten(m.graph, node))
     _, order = best_order(m.graph, chain.factors)
     return multiply(order, chain.factors, list(arrays.values()), _dot(node))[0]
 
@@ -177,7 +177,7 @@ def _find_product_in_sum(graph: Graph, node: Node) -> Match | None:
 
 def _distribute(m: Match, other: Any, x: Any, **arrays: Any) -> Any:
     node = m.roots[0].node
-    side, i, factors = _split_sum(m.graph, node)
+    side, i, factors = again(_split_sum(m.graph, node))
     direct = rebind(node, *((other, x) if side == 0 else (x, other)))
     _, order = best_order(m.graph, factors)
     chained = multiply(order, factors, list(arrays.values()), _dot(node))[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxinfer.analysis.structure import (
     BINARY,
     ELEMENTWISE,
     Layout,
+    again,
     aligned_axes,
     is_static,
     layout,
@@ -168,7 +170,7 @@ def _plan(m: Match, node: Node, move: str) -> tuple[Node, Plan] | None:
         elif value.shape == ():
             plan.append((value, lambda x: x))
         elif (places := _places(found, first)) is not None and _is_cheap(m, found, node):
-            plan.append((found.source, lambda x, f=found, p=places: f.spread(x, p, rank)))
+            plan.append((found.source, partial(found.spread, places=places, rank=rank)))
         else:
             return None
     return first, plan
@@ -222,7 +224,7 @@ def _find_moved(move: str) -> Find:
 
 def _move_after(m: Match, **operands: Any) -> Any:
     node, move = m.roots[0].node, m.nodes["move"]
-    _, plan = _plan(m, node, move.op)
+    _, plan = again(_plan(m, node, move.op))
     result = rebind(node, *(prepare(x) for (_, prepare), x in zip(plan, operands.values())))
     return rebind(move, result) if move.op == "transpose" else lax.reshape(result, node.aval.shape)
 

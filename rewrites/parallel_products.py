@@ -15,7 +15,7 @@ from typing import Any
 from jax import lax
 
 from jaxinfer.analysis.products import free_axes, same_product
-from jaxinfer.analysis.structure import is_static, rebind, size
+from jaxinfer.analysis.structure import again, is_static, rebind, size
 from jaxinfer.graph import Graph, Node, Value
 from jaxinfer.rewriting import Find, Match, Rule, is_float
 
@@ -184,7 +184,7 @@ def _find_lookup(graph: Graph, node: Node) -> Match | None:
 
 def _multiply_table(m: Match, table: Any, places: Any, w: Any) -> Any:
     node = m.roots[0].node
-    side = _lookup_side(m.graph, node)
+    side = again(_lookup_side(m.graph, node))
     lookup = node.inputs[side].node
     (other,) = (node.params["dimension_numbers"][0][1 - side],)
     dims = ((1,), other) if side == 0 else (other, (1,))

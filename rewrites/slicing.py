@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer.analysis.structure import ELEMENTWISE, aligned_axes, is_static, known_number, moves_units, rebind
+from jaxinfer.analysis.structure import ELEMENTWISE, again, aligned_axes, is_static, known_number, moves_units, rebind
 from jaxinfer.graph import Graph, Node, Value
 from jaxinfer.rewriting import Find, Match, Rule, op, var
 from jaxinfer.rewriting.sampler import Frozen
@@ -224,7 +224,7 @@ def _find_known_start(graph: Graph, node: Node) -> Match | None:
 def _slice_at_known_start(m: Match, x: Any) -> Any:
     node = m.roots[0].node
     sizes = node.params["slice_sizes"]
-    starts = [int(known_number(m.graph, v)) for v in node.inputs[1:]]
+    starts = [int(again(known_number(m.graph, v))) for v in node.inputs[1:]]
     at = [min(max(s, 0), d - size) for s, d, size in zip(starts, x.shape, sizes)]
     return take(x, [(s, s + size, 1) for s, size in zip(at, sizes)])
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxinfer.analysis.chains import Chain, Factor, best_order, flatten, is_matrix_product, multiply, written_flops
 from jaxinfer.analysis.products import free_axes
-from jaxinfer.analysis.structure import Layout, is_static, layout, rebind
+from jaxinfer.analysis.structure import Layout, again, is_static, layout, rebind
 from jaxinfer.graph import Graph, Node, Value
 from jaxinfer.rewriting import Find, Match, Rule
 
@@ -97,14 +97,14 @@ def _find_diagonal(graph: Graph, node: Node) -> Match | None:
     side = _diagonal_side(graph, node, _has_diagonal)
     if side is None:
         return None
-    source = layout(_diagonal(node.inputs[side])).source
+    source = layout(again(_diagonal(node.inputs[side]))).source
     return Match(graph, (Value(node, 0),), {"d": source, "x": node.inputs[1 - side]})
 
 
 def _scale_rows(m: Match, d: Any, x: Any) -> Any:
     node = m.roots[0].node
     side = _diagonal_side(m.graph, node, _has_diagonal) or 0
-    found = layout(_diagonal(node.inputs[side]))
+    found = layout(again(_diagonal(node.inputs[side])))
     moved = _reorder(node, x, side)
     axis = 0 if side == 0 else moved.ndim - 1
     return lax.mul(moved, found.spread(d, (axis, axis), moved.ndim))
@@ -134,8 +134,8 @@ def _trace(m: Match, a: Any, b: Any) -> Any:
 
 def _ends(graph: Graph, node: Node) -> tuple[int, list[Chain]] | None:
     """For x K ± x L M, or K x ± L M x, with all but x known: where x stands in the chains (0 or -1), and the chains."""
-    chains = [flatten(graph, v.node, 2) if _once(graph, v) else None for v in node.inputs]
-    if None in chains or node in graph.known or max(len(c.factors) for c in chains) < 3:
+    chains = [c for v in node.inputs if _once(graph, v) and (c := flatten(graph, v.node, 2)) is not None]
+    if len(chains) != 2 or node in graph.known or max(len(c.factors) for c in chains) < 3:
         return None
     for end, rest in ((0, slice(1, None)), (-1, slice(None, -1))):
         ends = [c.factors[end] for c in chains]
@@ -165,7 +165,7 @@ def _find_detour(graph: Graph, node: Node) -> Match | None:
 
 def _merge_detour(m: Match, **arrays: Any) -> Any:
     node = m.roots[0].node
-    end, chains = _ends(m.graph, node)
+    end, chains = again(_ends(m.graph, node))
     product = node.inputs[0].node
 
     def dot(a: Any, b: Any, i: int, j: int) -> Any:

@@ -59,9 +59,9 @@ def is_matrix_product(node: Node) -> bool:
     return plain and len(lhs) == len(rhs) == 1 and not batch
 
 
-def is_turn(node: Node | None) -> bool:
+def is_turn(node: Node) -> bool:
     """Whether a node transposes a matrix."""
-    return node is not None and node.op == "transpose" and tuple(node.params["permutation"]) == (1, 0)
+    return node.op == "transpose" and tuple(node.params["permutation"]) == (1, 0)
 
 
 def flatten(graph: Graph, root: Node, shortest: int = 3) -> Chain | None:
@@ -86,7 +86,7 @@ def _users(graph: Graph, node: Node) -> set[Node | None]:
     """Who needs a product, as it is or transposed."""
     found: set[Node | None] = set()
     for user, _ in graph.uses.get(Value(node, 0), ()):
-        found |= _users(graph, user) if is_turn(user) else {user}
+        found |= _users(graph, user) if user is not None and is_turn(user) else {user}
     return found
 
 

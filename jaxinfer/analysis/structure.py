@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +13,8 @@ from jax import lax
 
 from jaxinfer import _jax
 from jaxinfer.graph import Graph, Node, Value
+
+T = TypeVar("T")
 
 UNARY = frozenset(
     "abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz conj convert_element_type cos cosh "
@@ -50,6 +52,12 @@ _EXACT = MOVEMENT | {
     "stop_gradient",
 }
 _DEPTH = 16
+
+
+def again(found: T | None) -> T:
+    """What a replacement looks up again after its finder has found it."""
+    assert found is not None
+    return found
 
 
 def rebind(node: Node, *inputs: Any, **changes: Any) -> Any:
