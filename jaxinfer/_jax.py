@@ -115,7 +115,11 @@ def to_struct(aval: Any) -> Any:
     sharding = None
     if getattr(aval.sharding, "mesh", None) is not None and not aval.sharding.mesh.empty:
         sharding = aval.sharding
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
+    # Inside shard_map: over which mesh axes the value may differ.
+    varying = getattr(aval, "manual_axis_type", None)
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding, manual_axis_type=varying
+    )
 
 
 def jaxpr_as_fun(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
@@ -332,7 +336,8 @@ def type_key(value: Any) -> Any:
     sharding = getattr(aval, "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     placed = str(sharding) if mesh is not None and not mesh.empty else None
-    return (aval.shape, aval.dtype, bool(getattr(aval, "weak_type", False)), is_ref(aval), placed)
+    varying = getattr(aval, "manual_axis_type", None)
+    return (aval.shape, aval.dtype, bool(getattr(aval, "weak_type", False)), is_ref(aval), placed, varying)
 
 
 def shapes_of(tree: Any) -> Any:
