@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxinfer import autoinfer
 from jaxinfer.experiments.process import MeasurementError, fresh
-from jaxinfer.experiments.task import Request, Row, append, environment, speed_beside_itself, speed_cell
+from jaxinfer.experiments.task import Request, Row, append, environment, speed_beside_itself, speed_cell, verdict_cell
 from jaxinfer.models.zoo import load
 from jaxinfer.report import numbers
 from jaxinfer.report.sheet import Cell, Sheet
@@ -133,7 +133,7 @@ def _cells(row: Row) -> tuple[Cell, ...]:
         Cell(numbers.milliseconds(row["before_ms"])),
         Cell(numbers.milliseconds(row["after_ms"])),
         speed_cell(row),
-        Cell("yes" if row["not_slower"] else "NO", "" if row["not_slower"] else "bad"),
+        verdict_cell(row["not_slower"]),
         Cell(numbers.error(row["max_error"])),
         Cell(row["verdict"], "dim"),
     )

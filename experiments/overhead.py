@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxinfer import autoinfer
 from jaxinfer.experiments.process import fresh
-from jaxinfer.experiments.task import Request, Row, append, environment
+from jaxinfer.experiments.task import Request, Row, append, environment, verdict_cell
 from jaxinfer.models.zoo import load
 from jaxinfer.pipeline import TUNING_SECONDS
 from jaxinfer.report import numbers
@@ -185,15 +185,11 @@ def _first_sheet(rows: Sequence[Row]) -> Sheet:
             Cell(row["model"]),
             Cell(numbers.milliseconds(1e3 * row["jit_s"])),
             Cell(numbers.milliseconds(1e3 * row["first_s"])),
-            _verdict(row["first_holds"]),
+            verdict_cell(row["first_holds"]),
             Cell(numbers.milliseconds(1e3 * row["warm_s"])),
             Cell(f"{row['warm_s'] / row['jit_s']:.2f}"),
-            _verdict(row["warm_holds"]),
+            verdict_cell(row["warm_holds"]),
         )
         for row in rows
     )
     return Sheet("First call in a fresh process", columns, cells, (1, 2, 4, 5))
-
-
-def _verdict(holds: bool) -> Cell:
-    return Cell("yes" if holds else "NO", "" if holds else "bad")

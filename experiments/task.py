@@ -93,3 +93,8 @@ def speed_cell(row: Row) -> Cell:
     low, high = row["speedup_low"], row["speedup_high"]
     bounds = f"{low:.2f} to {high:.2f}" if high is not None else f"from {low:.2f}"
     return Cell(f"{row['speedup']:.2f}× ({bounds})", "good" if low > 1 else "")
+
+
+def verdict_cell(holds: bool) -> Cell:
+    """Whether what was asked for holds."""
+    return Cell("yes" if holds else "NO", "" if holds else "bad")
