@@ -9,11 +9,13 @@ from jaxinfer.rewrites import (
     conversions,
     convolution,
     linear_algebra,
+    loop_operands,
     movement,
     parallel_products,
     reductions,
     simplify,
     slicing,
+    structured,
 )
 from jaxinfer.rewriting import Rule
 
@@ -26,6 +28,8 @@ RULES: tuple[Rule, ...] = (
     *control_flow.RULES,
     *affine.RULES,
     *linear_algebra.RULES,
+    *structured.RULES,
     *parallel_products.RULES,
+    *loop_operands.RULES,
     *convolution.RULES,
 )

@@ -12,7 +12,9 @@ from jaxinfer import _jax
 from jaxinfer.graph.node import Graph, GraphBuilder, Value
 
 
-def trace(jaxpr: Any, known: Mapping[int, Any] | None = None, *, keep_custom: bool = False) -> Graph:
+def trace(
+    jaxpr: Any, known: Mapping[int, Any] | None = None, *, keep_custom: bool = False, known_inside: bool = False
+) -> Graph:
     """The graph of a closed jaxpr.
 
     Args:
@@ -20,6 +22,8 @@ def trace(jaxpr: Any, known: Mapping[int, Any] | None = None, *, keep_custom: bo
         known: arrays for some of the arguments, by position; those become constants and are no inputs of the graph.
         keep_custom: keep ``custom_jvp``/``custom_vjp`` calls as opaque nodes instead of inlining the function they
             wrap. Inlining is right only for a program that will not be differentiated any more.
+        known_inside: constants that a loop is given become constants of its body. JAX itself makes operands of
+            whatever a loop closes over, so a program traced again has them outside.
 
     Returns:
         A graph with one input for each argument that is not known.
@@ -30,7 +34,7 @@ def trace(jaxpr: Any, known: Mapping[int, Any] | None = None, *, keep_custom: bo
     arguments = [
         builder.const(known[i], v.aval) if i in known else builder.input(v.aval) for i, v in enumerate(open_.invars)
     ]
-    outputs = splice(builder, open_, consts, arguments, keep_custom=keep_custom)
+    outputs = splice(builder, open_, consts, arguments, keep_custom=keep_custom, known_inside=known_inside)
     return builder.build(outputs, origin=None if known else jaxpr, out_avals=[v.aval for v in open_.outvars])
 
 
@@ -46,6 +50,7 @@ def splice(
     arguments: Sequence[Value],
     *,
     keep_custom: bool = False,
+    known_inside: bool = False,
     outer: Any = None,
 ) -> list[Value]:
     """Adds the equations of an open jaxpr to a graph under construction.
@@ -56,6 +61,7 @@ def splice(
         consts: values of ``jaxpr.constvars``.
         arguments: values of ``jaxpr.invars``.
         keep_custom: as in :func:`trace`.
+        known_inside: as in :func:`trace`.
         outer: source info of the call being inlined, whose name stack encloses the equations'.
 
     Returns:
@@ -73,12 +79,15 @@ def splice(
         body = _inlined_body(_jax.operation(eqn.primitive), eqn.params, keep_custom)
         if body is not None:
             inner, inner_consts = _jax.open_jaxpr(body)
-            results = splice(builder, inner, inner_consts, inputs, keep_custom=keep_custom, outer=source)
+            options = {"keep_custom": keep_custom, "known_inside": known_inside, "outer": source}
+            results = splice(builder, inner, inner_consts, inputs, **options)
         else:
+            op = _jax.operation(eqn.primitive)
+            inside = _known_operands(op, eqn.params, inputs) if known_inside else {}
             node = builder.apply(
                 eqn.primitive,
-                _structured(_jax.operation(eqn.primitive), eqn.params, keep_custom),
-                inputs,
+                _structured(op, eqn.params, keep_custom, known_inside, inside),
+                [v for i, v in enumerate(inputs) if i not in inside],
                 [v.aval for v in eqn.outvars],
                 frozenset(eqn.effects),
                 eqn.ctx,
@@ -105,20 +114,33 @@ def _inlined_body(op: str, params: Mapping[str, Any], keep_custom: bool) -> Any:
     return None
 
 
-def _structured(op: str, params: Mapping[str, Any], keep_custom: bool) -> Mapping[str, Any]:
+def _known_operands(op: str, params: Mapping[str, Any], inputs: Sequence[Value]) -> Mapping[int, Any]:
+    """The loop constants among the operands of an equation whose arrays are known, by position."""
+    count = 0
+    if op == "scan":
+        count = _jax.scan_counts(dict(params))[0]
+    elif op == "while":
+        count = params["cond_nconsts"] + params["body_nconsts"]
+    return {i: v.node.value for i, v in enumerate(inputs[:count]) if v.node.is_const}
+
+
+def _structured(
+    op: str, params: Mapping[str, Any], keep_custom: bool, known_inside: bool, inside: Mapping[int, Any]
+) -> Mapping[str, Any]:
     """Parameters in the graph's own form: graphs instead of jaxprs, the same names in every JAX version.
 
-    ``_original`` holds JAX's own parameters, which are bound again as long as the graphs are untouched.
+    ``_original`` holds JAX's own parameters, which are bound again as long as the graphs are untouched. ``inside`` are
+    the arrays of operands that become constants of the loop's body.
     """
 
-    def graph(jaxpr: Any) -> Graph:
-        return trace(_jax.close_jaxpr(jaxpr), keep_custom=keep_custom)
+    def graph(jaxpr: Any, known: Mapping[int, Any] | None = None) -> Graph:
+        return trace(_jax.close_jaxpr(jaxpr), known, keep_custom=keep_custom, known_inside=known_inside)
 
     if op == "scan":
         consts, carries = _jax.scan_counts(dict(params))
         return {
-            "body": graph(params["jaxpr"]),
-            "num_consts": consts,
+            "body": graph(params["jaxpr"], inside),
+            "num_consts": consts - len(inside),
             "num_carry": carries,
             "length": params["length"],
             "reverse": params["reverse"],
@@ -126,11 +148,14 @@ def _structured(op: str, params: Mapping[str, Any], keep_custom: bool) -> Mappin
             "_original": params,
         }
     if op == "while":
+        count = params["cond_nconsts"]
+        for_cond = {i: x for i, x in inside.items() if i < count}
+        for_body = {i - count: x for i, x in inside.items() if i >= count}
         return {
-            "cond": graph(params["cond_jaxpr"]),
-            "body": graph(params["body_jaxpr"]),
-            "cond_nconsts": params["cond_nconsts"],
-            "body_nconsts": params["body_nconsts"],
+            "cond": graph(params["cond_jaxpr"], for_cond),
+            "body": graph(params["body_jaxpr"], for_body),
+            "cond_nconsts": count - len(for_cond),
+            "body_nconsts": params["body_nconsts"] - len(for_body),
             "_original": params,
         }
     if op == "cond":

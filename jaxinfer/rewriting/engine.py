@@ -160,7 +160,7 @@ class Rewriter:
             replacement = decide(graph, node) if asked else None
             if replacement is not None and all(ready(v) for v in replacement.arguments):
                 jaxpr, consts = _jax.open_jaxpr(replacement.jaxpr)
-                values = splice(builder, jaxpr, consts, [now(v) for v in replacement.arguments])
+                values = splice(builder, jaxpr, consts, [now(v) for v in replacement.arguments], known_inside=True)
                 moved.update(zip(replacement.roots, values))
                 self.log.note(replacement)
                 changed = True

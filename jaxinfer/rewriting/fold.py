@@ -52,6 +52,11 @@ def nbytes(aval: Any) -> int:
     return int(np.prod(aval.shape)) * np.dtype(aval.dtype).itemsize
 
 
+def folded(graph: Graph) -> set[Value]:
+    """The values that folding would replace by constants, those of nested graphs included."""
+    return set(_frontier(graph))
+
+
 def _frontier(graph: Graph) -> Iterable[Value]:
     """The known values that the unknown part of the program needs, nested graphs included."""
     sources: dict[Node, frozenset[Node]] = {}

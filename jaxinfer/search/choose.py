@@ -243,7 +243,7 @@ def _program(
             env.update((Value(node, i), Value(new, i)) for i in range(len(node.avals)))
     else:
         jaxpr, consts = _jax.open_jaxpr(replacement.jaxpr)
-        values = splice(builder, jaxpr, consts, [env[a] for a in replacement.arguments])
+        values = splice(builder, jaxpr, consts, [env[a] for a in replacement.arguments], known_inside=True)
         env.update(zip(replacement.roots, values))
     outputs = list(roots)
     for node in tail:
