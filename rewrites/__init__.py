@@ -12,6 +12,7 @@ from jaxinfer.rewrites import (
     loop_operands,
     movement,
     parallel_products,
+    recurrence,
     reductions,
     simplify,
     slicing,
@@ -31,5 +32,6 @@ RULES: tuple[Rule, ...] = (
     *structured.RULES,
     *parallel_products.RULES,
     *loop_operands.RULES,
+    *recurrence.RULES,
     *convolution.RULES,
 )
