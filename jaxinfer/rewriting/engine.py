@@ -152,7 +152,8 @@ class Rewriter:
         def ready(value: Value) -> bool:
             return value in moved or value.node.op in ("const", "input")
 
-        for node in graph.nodes:
+        # What is known comes first, so that a form made of several known arrays finds all of them at its place.
+        for node in sorted(graph.nodes, key=lambda n: n not in graph.known):
             results = [Value(node, i) for i in range(len(node.avals))]
             if results and all(v in moved for v in results) and node.is_pure:
                 continue

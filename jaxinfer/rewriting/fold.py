@@ -41,8 +41,9 @@ def fold(graph: Graph, evaluate: Evaluate | None = None) -> Graph:
 
 
 def evaluate_known(known: Graph) -> Sequence[Any]:
-    """Computes a graph that has no inputs."""
-    return jax.jit(emit(known))([w.value for w in known.weights])
+    """Computes a graph that has no inputs, once: little time goes into compiling it well."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(emit(known), compiler_options=options)([w.value for w in known.weights])
 
 
 def nbytes(aval: Any) -> int:
@@ -66,15 +67,18 @@ def _frontier(graph: Graph) -> Iterable[Value]:
             return frozenset((node,)) if getattr(node.aval, "shape", ()) else frozenset()
         return sources.get(node, frozenset())
 
-    def needed(value: Value) -> Iterable[Value]:
+    def needed(value: Value, user: Node | None) -> Iterable[Value]:
         if value.node not in graph.known:
+            return
+        if _is_view(value.node, user):
+            yield from needed(value.node.inputs[0], user)
             return
         below = weights_below(value.node)
         if below and nbytes(value.aval) <= _GROWTH * sum(nbytes(w.aval) for w in below) + _FREE_BYTES:
             yield value
         else:
             for operand in value.node.inputs:
-                yield from needed(operand)
+                yield from needed(operand, value.node)
 
     for node in graph.nodes:
         if node in graph.known:
@@ -82,11 +86,26 @@ def _frontier(graph: Graph) -> Iterable[Value]:
     for node in graph.nodes:
         if node not in graph.known:
             for value in node.inputs:
-                yield from needed(value)
+                yield from needed(value, node)
             for sub in node.subgraphs:
                 yield from _frontier(sub)
     for value in graph.outputs:
-        yield from needed(value)
+        yield from needed(value, None)
+
+
+def _is_view(node: Node, user: Node | None) -> bool:
+    """Whether a known node only looks at a part of an array, where XLA fuses that into what reads it.
+
+    Folded, the taps of one kernel would become as many arguments. For a product, a slice would be copied at each call.
+    """
+    if user is None or user.op not in _FUSED:
+        return False
+    while node.op in ("reshape", "squeeze"):
+        node = node.inputs[0].node
+    return node.op == "slice"
+
+
+_FUSED = frozenset("mul add sub max min div broadcast_in_dim reshape squeeze convert_element_type neg".split())
 
 
 def _known_part(graph: Graph, frontier: Sequence[Value]) -> Graph:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from jaxinfer.rewriting import Replacement, fold
 from jaxinfer.search.cache import Cache, key
 from jaxinfer.search.device import Peaks
 from jaxinfer.search.measure import time_candidates
+
+Source = Literal["measured", "cached", "analytic"]
 
 # How much better than the old form a measured or estimated one must be: what is within the noise stays as it was.
 _MARGIN = {"measured": 0.95, "cached": 0.95, "analytic": 0.8}
@@ -49,7 +51,7 @@ class Choice:
     site: str
     candidates: Mapping[str, tuple[float | None, float]]
     chosen: str
-    source: str
+    source: Source
     sites: int = 1
 
 
@@ -149,7 +151,7 @@ def _settle(site: _Site, policy: Policy) -> Choice:
     return Choice(describe(site.nodes[0]), candidates, chosen, source, len(site.nodes))
 
 
-def _times(site: _Site, policy: Policy) -> tuple[dict[str, float], str]:
+def _times(site: _Site, policy: Policy) -> tuple[dict[str, float], Source]:
     """Seconds of each form worth timing, and where they come from."""
     fingerprints = {name: g.fingerprint for name, g in site.forms.items()}
     if policy.cache is None or None in fingerprints.values():
