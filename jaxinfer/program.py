@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxinfer import _jax
 from jaxinfer.analysis.cost import nbytes
 from jaxinfer.graph import Graph, GraphBuilder, Value, emit, is_inline, trace
 from jaxinfer.pipeline import Improved, RuleError, Settings, improve, platform_now, rules_digest
+from jaxinfer.search.batch import batch_variants
 from jaxinfer.search.cache import default_cache, key
 from jaxinfer.search.device import environment_key
 from jaxinfer.search.measure import PairedRatio, compare, time_candidates
@@ -25,7 +26,7 @@ from jaxinfer.search.verify import Agreement, agree, guilty, nudge, split_at_dec
 
 # Seconds for timing the whole program, out of the tuning budget.
 _GATE_SECONDS = 4.0
-# A form may need this many times the original's peak memory, besides its folded weights and a little that never matters.
+# A form may need this many times the original's peak memory, besides folded weights and a little that never matters.
 _MEMORY = 1.05
 _FREE_BYTES = 1 << 20
 
@@ -79,7 +80,7 @@ class Program:
     reason: str = ""
     agreement: Agreement | None = None
     ratio: PairedRatio | None = None
-    verified: str = "never"
+    verified: Literal["now", "earlier", "never"] = "never"
     compile_seconds: dict[str, float] = field(default_factory=dict)
     temporary_bytes: dict[str, int] = field(default_factory=dict)
     tried: dict[str, float] = field(default_factory=dict)
@@ -195,8 +196,16 @@ def _forms(program: Program, settings: Settings, measure: bool, deadline: float 
     changed = graph is not program.original and str(graph) != str(program.original)
     forms = [Form("rewritten", graph)] if changed else []
     if measure and not program.original.has_effects:
+
+        def improve_part(part: Graph) -> Graph:
+            return improve(part, settings, platform, measure=measure, deadline=deadline).graph
+
+        whole = ("rewritten" if changed else "as written", graph)
+        parts = [(f"rewritten, {name}", g) for name, g in batch_variants(program.original, improve_part)]
+        for name, form in parts:
+            forms.append(Form(name, form))
         for words, options in compiler_options(platform):
-            forms.append(Form(f"{'rewritten' if changed else 'as written'}, {words}", graph, options))
+            forms.extend(Form(f"{name}, {words}", form, options) for name, form in (whole, *parts[:1]))
     if not forms:
         program.reason = "no rule improves it"
     return forms
