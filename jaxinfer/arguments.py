@@ -250,7 +250,8 @@ class Options:
         data = tuple(None if i in numbers else a for i, a in enumerate(args))
         by_number = tuple((i, args[i]) for i in sorted(numbers))
         by_name = tuple((k, kwargs[k]) for k in sorted(kwargs) if k in self.static_argnames)
-        for place, value in (*by_number, *by_name):
+        places: list[tuple[int | str, Any]] = [*by_number, *by_name]
+        for place, value in places:
             _require_hashable(place, value)
         return (data, named), (by_number, by_name)
 

@@ -2,8 +2,8 @@
 
 ``optimized_call`` carries the program as it was written. Differentiation and batching act on that program and bind the
 primitive again, so a derivative or a batched program is optimized as well; rewriting happens when the call is lowered,
-for the platform it is lowered to. Tangents and primal values never meet in one program: differentiation first splits the
-call into the function with its residuals and the linear map that uses them, and each is a call of its own.
+for the platform it is lowered to. Tangents and primal values never meet in one program: differentiation first splits
+the call into the function with its residuals and the linear map that uses them, and each is a call of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def optimized_call(
     jaxpr: Any,
     operands: Sequence[Any],
-    settings: Settings,
+    settings: Settings | None,
     *,
     derivative: Any = None,
     folded: int = 0,

@@ -208,8 +208,9 @@ class Optimized:
             return inner.compare_hlo(*call)
         program = self.program(*args, **kwargs)
         _, leaves, _, _ = self._options.signature(args, kwargs)
-        forms = (None, program.form or Form("rewritten", program.improved.graph))
-        return HloComparison.of(*(_compiled_flat(program, form, leaves) for form in forms), title=program.name)
+        rewritten = program.form or Form("rewritten", program.improved.graph)
+        before, after = (_compiled_flat(program, form, leaves) for form in (None, rewritten))
+        return HloComparison.of(before, after, title=program.name)
 
     def program(self, *args: Any, **kwargs: Any) -> Program:
         """What was settled for these arguments; settles it now if they are new.
@@ -431,13 +432,13 @@ class Frozen(Optimized):
     def _trace(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any) -> tuple[Any, Any]:
         if signature not in self._traces and any(isinstance(x, jax.ShapeDtypeStruct) for x in self._known_leaves()):
             raise RuntimeError(
-                f"{self.__name__} was called with arguments of a new kind after release_original(): freeze it again, or "
-                "call it once with every kind of arguments before releasing"
+                f"{self.__name__} was called with arguments of a new kind after release_original(): freeze it again, "
+                "or call it once with every kind of arguments before releasing"
             )
         return super()._trace(signature, leaves, tree, static)
 
     def _call_in_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        signature, leaves, tree, static = self._options.signature(args, kwargs)
+        signature, leaves, _, _ = self._options.signature(args, kwargs)
         if signature not in self._weights:
             return super()._call_in_trace(args, kwargs)
         program, weights = self._programs[signature], self._weights[signature]

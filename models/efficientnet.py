@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+
 from jaxinfer.models.layers import ConvNorm, InvertedResidual
 from jaxinfer.models.weights import check_consumed, nest, package_file, read_legacy_torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from jaxinfer.models import g2p, images, minilm
 
 Inputs = tuple[np.ndarray, ...]

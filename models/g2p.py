@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
 from jaxinfer.models.recurrent import zero_carry
 from jaxinfer.models.weights import check_consumed, nest, package_file
 

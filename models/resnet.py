@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 from flax import linen as nn
+
 from jaxinfer.models.layers import ConvNorm
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+
 from jaxinfer.models.layers import ConvNorm
 from jaxinfer.models.recurrent import zero_carry
 

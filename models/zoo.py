@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
 from jaxinfer.models import efficientnet, examples, g2p, losses, minilm
 from jaxinfer.models.cnn import CNN
 from jaxinfer.models.graph import GCN

@@ -44,9 +44,7 @@ def _cases(form: ConvolutionForm) -> Any:
         dilation = (s.choice((1, 2)) if free and window > 1 else 1,) * rank
         padding = ((s.choice((0, 1)), s.choice((0, 1, 2))) if window > 1 else (0, 0),) * rank
         few = _WINOGRAD_4_CHANNELS if form.name == "winograd_4" else 3
-        groups, inner, outer = {"depthwise": (3, 1, 3), "grouped": (2, 2, 4)}.get(
-            form.name.split("_")[0], (1, few, 4)
-        )
+        groups, inner, outer = {"depthwise": (3, 1, 3), "grouped": (2, 2, 4)}.get(form.name.split("_")[0], (1, few, 4))
         space = tuple(s.choice((6, 7, 9)) for _ in range(rank))
         layout = ("NWC", "NHWC")[rank - 1], ("WIO", "HWIO")[rank - 1], ("NWC", "NHWC")[rank - 1]
 

@@ -1,8 +1,8 @@
 """What a program costs: operations, bytes, and an estimate of seconds from a device's peak rates.
 
-Counts are of the program as written; loops multiply their body by the trip count where it is known (a ``while`` counts as
-one iteration). Elementwise work is assumed to be fused: it reads and writes memory only where its operands or results
-cross an operation that is not.
+Counts are of the program as written; loops multiply their body by the trip count where it is known (a ``while`` counts
+as one iteration). Elementwise work is assumed to be fused: it reads and writes memory only where its operands or
+results cross an operation that is not.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _TRANSCENDENTAL = frozenset(
 )
 _TRANSCENDENTAL_OPERATIONS = 10
 
-# The share of the matrix-product peak that XLA reaches on convolutions, by platform: dense, and with groups. XLA:CPU has
-# no fast path for groups and runs them as scalar loops.
+# The share of the matrix-product peak that XLA reaches on convolutions, by platform: dense, and with groups. XLA:CPU
+# has no fast path for groups and runs them as scalar loops.
 _CONVOLUTION_SHARE = {"cpu": (0.5, 0.005), "gpu": (0.5, 0.1), "tpu": (0.7, 0.02)}
 
 

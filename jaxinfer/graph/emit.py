@@ -49,7 +49,7 @@ class Emit(Domain[Any]):
 
     def default(self, node: Node, *inputs: Any) -> Sequence[Any]:
         with _jax.at_source(node.source, node.context):
-            return _jax.bind(node.primitive, inputs, _bind_params(node))
+            return _jax.bind(node.primitive, inputs, dict(_bind_params(node)))
 
     def body(self, graph: Graph) -> Callable[..., list[Any]]:
         """A nested graph as a function; its weights are closed over."""

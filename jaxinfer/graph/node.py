@@ -27,7 +27,7 @@ class Value(NamedTuple):
     """One result of a node: what a use refers to."""
 
     node: Node
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a value for
 
     @property
     def aval(self) -> Any:

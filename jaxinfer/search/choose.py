@@ -1,8 +1,8 @@
 """Choosing between equivalent forms, site by site.
 
-A site is a match of an ``offer`` rule: the operations it would replace and what it would put there, cut out of the program
-together with the elementwise operations that follow (XLA fuses them, and not with every form). Both are timed as small
-programs of their own, or estimated; equal sites are timed once and remembered in the cache.
+A site is a match of an ``offer`` rule: the operations it would replace and what it would put there, cut out of the
+program together with the elementwise operations that follow (XLA fuses them, and not with every form). Both are timed
+as small programs of their own, or estimated; equal sites are timed once and remembered in the cache.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
+
 from jaxinfer.models.weights import check_consumed, nest, package_file, read_legacy_torch
 
 PUBLISHED = (

@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+
 from jaxinfer.models import efficientnet, images
 from jaxinfer.models.weights import package_file, read_legacy_torch
 from jaxinfer.models.zoo import load

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+
 from jaxinfer.models import g2p
 from jaxinfer.models.weights import package_file
 from jaxinfer.models.zoo import load

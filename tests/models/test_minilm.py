@@ -5,10 +5,11 @@ import math
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from jaxinfer.models import minilm
 from jaxinfer.models.weights import package_file
 from jaxinfer.models.zoo import load
-from safetensors.numpy import load_file
 
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
 # Cosines printed in the Sentence Transformers quickstart for this model and these sentences.

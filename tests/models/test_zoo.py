@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+
 from jaxinfer.models import examples, images, minilm
 from jaxinfer.models.graph import normalise
 from jaxinfer.models.initialise import random_variables
