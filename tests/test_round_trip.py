@@ -7,8 +7,8 @@ import pytest
 from harness_cases import Report, all_harnesses, cases, improved, round_trip
 
 SAMPLE = 8
-# Cases that plain jit itself refuses.
-MOST_SKIPPED = 16
+# What plain jit itself refuses on the CPU: additions of booleans; in JAX 0.10, decompositions of 16-bit floats.
+MOST_SKIPPED = 0.03
 
 
 def sweep(step, examine):
@@ -18,7 +18,7 @@ def sweep(step, examine):
     print(f"\n{report}")
     assert not report.failures, "\n".join(report.failures)
     assert report.ran + report.skipped.total() == len(all_harnesses[::step])
-    assert report.skipped.total() <= MOST_SKIPPED
+    assert report.skipped.total() <= MOST_SKIPPED * report.ran
     return report
 
 
