@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxinfer import _jax
 from jaxinfer.analysis.axes import Way, takes, ways
-from jaxinfer.graph import Domain, Graph, Node, interpret
+from jaxinfer.graph import Domain, Graph, Node, Value, interpret
 
 # Known arrays up to this many elements are searched for repeats (a loop's initial state, say).
 _LOOKED_AT = 1 << 16
@@ -80,6 +80,13 @@ def batch_axes(graph: Graph) -> BatchAxes | None:
     return (
         None if MIXED.axis in outputs or outputs.count(None) == len(outputs) else BatchAxes(size, axes, tuple(outputs))
     )
+
+
+def spreads(graph: Graph, axes: BatchAxes) -> dict[Value, Spread]:
+    """How every value of a program is spread over the examples, nested graphs not included."""
+    values = [Value(node, i) for node in (*graph.inputs, *graph.nodes) for i in range(len(node.avals))]
+    everything = Graph(graph.inputs, graph.nodes, tuple(values))
+    return dict(zip(values, interpret(everything, Spreads(axes.size), *map(Spread, axes.inputs))))
 
 
 class Spreads(Domain[Spread]):

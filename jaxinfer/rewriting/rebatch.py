@@ -1,4 +1,4 @@
-"""The same program for another batch size, and a program mapped over parts of its batch."""
+"""The same program for another batch size."""
 
 from __future__ import annotations
 
@@ -12,91 +12,39 @@ from jax import lax
 from jaxinfer import _jax
 from jaxinfer.analysis.axes import resized, ways
 from jaxinfer.analysis.batch import BatchAxes, Spread, Spreads, batch_axes
-from jaxinfer.graph import Domain, Graph, GraphBuilder, Node, interpret, run, trace_function
+from jaxinfer.graph import Domain, Graph, Node, interpret, trace_function
 from jaxinfer.graph.emit import Emit
 
 
-def rebatch(graph: Graph, size: int) -> Graph | None:
+def rebatch(graph: Graph, size: int, axes: BatchAxes | None = None) -> Graph | None:
     """The program for ``size`` examples.
 
     What depends on the batch size as a number (a mean over the batch written out by hand) keeps the old one: every
     example gives what it gave before.
 
     Args:
-        graph: a program whose inputs hold the examples along axis 0.
+        graph: the program.
         size: number of examples, at least 1.
+        axes: the batch axes, if known; by default the examples lie along axis 0 of the inputs.
 
     Returns:
         The program, or None where examples meet; see :func:`jaxinfer.analysis.batch.batch_axes`.
     """
-    found = batch_axes(graph)
-    return None if found is None else _rebatch(graph, found, size)
-
-
-def map_batch(graph: Graph, step: int, improve: Callable[[Graph], Graph] = lambda graph: graph) -> Graph | None:
-    """The program as a loop over parts of its batch.
-
-    A part's intermediate values stay in the cache, and the memory they take is used again for the next part.
-
-    Args:
-        graph: a program whose inputs hold the examples along axis 0.
-        step: number of examples in a part; divides the number of examples and is smaller.
-        improve: optimizes the program of a part.
-
-    Returns:
-        A program with the same inputs and outputs, or None where examples meet or ``step`` does not fit.
-    """
-    found = batch_axes(graph)
-    if found is None or step >= found.size or found.size % step:
+    found = axes or batch_axes(graph)
+    if found is None:
         return None
-    mapped = [i for i, axis in enumerate(found.outputs) if axis is not None]
-    shared = [i for i, axis in enumerate(found.outputs) if axis is None]
-    part = improve(_rebatch(_with_outputs(graph, mapped), found, step))
-    rest = _with_outputs(graph, shared) if shared else None
-
-    def fun(*inputs: Any) -> list[Any]:
-        batched = [x for x, axis in zip(inputs, found.inputs) if axis is not None]
-        parts = tuple(x.reshape(-1, step, *x.shape[1:]) for x in batched)
-
-        def one(_: None, arrays: Sequence[Any]) -> tuple[None, tuple[Any, ...]]:
-            queue = iter(arrays)
-            whole = [x if axis is None else next(queue) for x, axis in zip(inputs, found.inputs)]
-            return None, tuple(run(part, {}, *whole))
-
-        _, stacked = lax.scan(one, None, parts)
-        outputs = dict(zip(shared, run(rest, {}, *inputs) if rest else ()))
-        for i, y in zip(mapped, stacked):
-            outputs[i] = jnp.moveaxis(y, 0, found.outputs[i]).reshape(graph.out_avals[i].shape)
-        return [outputs[i] for i in range(len(graph.outputs))]
-
-    return trace_function(_typed(fun, graph.out_avals), *(node.aval for node in graph.inputs))
-
-
-def _typed(fun: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> Callable[..., list[Any]]:
-    return lambda *inputs: [_jax.with_aval(y, aval) for y, aval in zip(fun(*inputs), avals, strict=True)]
-
-
-def _with_outputs(graph: Graph, positions: Sequence[int]) -> Graph:
-    """The part of a pure program that some of its outputs need."""
-    builder = GraphBuilder()
-    builder.inputs = list(graph.inputs)
-    for node in graph.nodes:
-        builder.add(node)
-    return builder.build([graph.outputs[i] for i in positions], out_avals=[graph.out_avals[i] for i in positions])
-
-
-def _rebatch(graph: Graph, found: BatchAxes, size: int) -> Graph:
     domain = _Resize(found.size, size)
 
     def aval(node: Node, axis: int | None) -> Any:
-        return node.aval if axis is None else node.aval.update(shape=(size, *node.aval.shape[1:]))
+        shape = [d // found.size * size if i == axis else d for i, d in enumerate(node.aval.shape)]
+        return node.aval if axis is None else node.aval.update(shape=tuple(shape))
 
     def fun(*inputs: Any) -> list[Any]:
         pieces = [_Piece(x, Spread(axis)) for x, axis in zip(inputs, found.inputs)]
-        return [piece.value for piece in interpret(graph, domain, *pieces)]
+        results = interpret(graph, domain, *pieces)
+        return [_jax.with_aval(piece.value, a) for piece, a in zip(results, graph.out_avals, strict=True)]
 
-    avals = [aval(node, axis) for node, axis in zip(graph.inputs, found.inputs)]
-    return trace_function(_typed(fun, graph.out_avals), *avals)
+    return trace_function(fun, *(aval(node, axis) for node, axis in zip(graph.inputs, found.inputs)))
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from jaxinfer.analysis.batch import batch_axes
+from jaxinfer.analysis.batch import batch_axes, spreads
 from jaxinfer.analysis.cost import cost, flops, nbytes
 from jaxinfer.analysis.products import PRODUCTS
-from jaxinfer.graph import Graph, Node
-from jaxinfer.rewriting.rebatch import map_batch
+from jaxinfer.graph import Graph, Node, Value
+from jaxinfer.rewriting.mapping import Stage, crossing_values, map_stages
 
 # Below this much work for each example a loop over examples costs more than it can win.
 _LEAST_FLOPS = 5e7
 # Memory that a program needs at once, in bytes, from which on it no longer stays in the caches of a processor.
 _LARGE = 16 << 20
+# Memory that one operation should find in the cache, in bytes.
+_CACHE = 2 << 20
 _LEAST_EXAMPLES = 4
 _STEPS = (1, 2)
 
@@ -35,8 +37,49 @@ def batch_variants(original: Graph, improve_one: Callable[[Graph], Graph]) -> li
     found = batch_axes(original)
     if found is None or found.size < _LEAST_EXAMPLES or not _is_worth_it(original, found.size):
         return []
-    graphs = {f"mapped by {step}": map_batch(original, step, improve_one) for step in _STEPS}
+    forms = {f"mapped by {step}": [Stage(0, step)] for step in _STEPS if found.size % step == 0}
+    stages = choose_stages(original, found.size)
+    if len(stages) > 1:
+        forms["mapped in stages of " + ", ".join(str(stage.step) for stage in stages)] = stages
+    graphs = {name: map_stages(original, form, improve_one) for name, form in forms.items()}
     return [(name, graph) for name, graph in graphs.items() if graph is not None]
+
+
+def choose_stages(graph: Graph, examples: int, budget: int = _CACHE) -> list[Stage]:
+    """Stages whose parts hold as many examples as stay in the cache.
+
+    Networks for images start with few large features and end with many small ones: single images first, where a batch
+    would not stay in the cache; the whole batch last, where one image leaves the matrix units idle.
+
+    Args:
+        graph: a batch-parallel program.
+        examples: number of examples.
+        budget: bytes that operand and result of a product may take for one part.
+    """
+    found = batch_axes(graph)
+    assert found is not None
+    axes = {value: spread.axis for value, spread in spreads(graph, found).items()}
+    products = [i for i, node in enumerate(graph.nodes) if node.op in PRODUCTS and axes[Value(node, 0)] is not None]
+    steps = [d for d in range(1, examples + 1) if examples % d == 0]
+    stages: list[Stage] = []
+    largest = 0
+    for i, position in reversed(list(enumerate(products))):
+        node = graph.nodes[position]
+        batched = [v for v in (*node.inputs, Value(node, 0)) if axes.get(v) is not None]
+        largest = max([largest, *(nbytes(v.aval) for v in batched)])
+        step = max([d for d in steps if d * largest <= budget * examples], default=1)
+        if not stages or step < stages[0].step:
+            stages.insert(0, Stage(0, step))
+        # Between this product and the one before, where the fewest bytes cross, as late as possible: what follows
+        # a product (its bias, scale and activation) is computed with it.
+        before = products[i - 1] + 1 if i else 0
+        stages[0] = Stage(min(range(position, before - 1, -1), key=lambda p: _bytes_crossing(graph, axes, p)), step)
+    stages[0] = Stage(0, stages[0].step)
+    return stages
+
+
+def _bytes_crossing(graph: Graph, axes: Mapping[Value, int | None], position: int) -> int:
+    return sum(nbytes(v.aval) for v in crossing_values(graph, axes, position))
 
 
 def _is_worth_it(graph: Graph, examples: int) -> bool:

@@ -17,7 +17,8 @@ from jax import lax
 from jaxinfer.analysis.batch import MIXED, BatchAxes, Spread, Spreads, batch_axes
 from jaxinfer.graph import interpret, run, trace_function
 from jaxinfer.models.zoo import ZOO, load
-from jaxinfer.rewriting.rebatch import map_batch, rebatch
+from jaxinfer.rewriting.mapping import map_batch
+from jaxinfer.rewriting.rebatch import rebatch
 
 N = 4
 rng = np.random.default_rng(0)
