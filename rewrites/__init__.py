@@ -9,6 +9,7 @@ from jaxinfer.rewrites import (
     conversions,
     convolution,
     linear_algebra,
+    loop_forms,
     loop_operands,
     movement,
     parallel_products,
@@ -33,5 +34,6 @@ RULES: tuple[Rule, ...] = (
     *parallel_products.RULES,
     *loop_operands.RULES,
     *recurrence.RULES,
+    *loop_forms.RULES,
     *convolution.RULES,
 )

@@ -85,8 +85,15 @@ def _find_dots(side: int) -> Callable[[Graph, Node], Match | None]:
     return find
 
 
-def _one_dot(side: int) -> Callable[..., Any]:
-    """The weights' free axes are made one axis, joined, and taken apart again in the result."""
+def one_dot(side: int) -> Callable[..., Any]:
+    """Many products as one: the weights' free axes are made one axis, joined, and taken apart again in the result.
+
+    Args:
+        side: which operand the weights are.
+
+    Returns:
+        ``after(m, x, **weights) -> products``, which reads nothing of the match but its roots.
+    """
 
     def after(m: Match, x: Any, **weights: Any) -> list[Any]:
         nodes = [root.node for root in m.roots]
@@ -244,7 +251,7 @@ RULES: tuple[Rule, ...] = (
         "parallel-products",
         "x A, x B, known A and B → x [A B], taken apart",
         Find(("dot_general",), _find_dots(1)),
-        _one_dot(1),
+        one_dot(1),
         "reassociate",
         kind="offer",
         cases=_case_right,
@@ -253,7 +260,7 @@ RULES: tuple[Rule, ...] = (
         "parallel-products-left",
         "A x, B x, known A and B → [A; B] x, taken apart",
         Find(("dot_general",), _find_dots(0)),
-        _one_dot(0),
+        one_dot(0),
         "reassociate",
         kind="offer",
         cases=_case_left,

@@ -23,8 +23,8 @@ from jaxinfer.rewriting import Find, Match, Rule
 
 # What moves out of a loop may take this many times the memory of the loop's rows, or a small amount, without asking; up
 # to a larger multiple it is offered.
-_GROWTH = 4
-_FREE_BYTES = 1 << 20
+GROWTH = 4
+FREE_BYTES = 1 << 20
 _OFFERED_GROWTH = 64
 
 # Operations that ``jax.vmap`` applies to all steps at once as it would to each.
@@ -41,13 +41,14 @@ _BATCHED = (
 Finder = Callable[[Graph, Node], Match | None]
 
 
-def _is_batched(node: Node) -> bool:
+def is_batched(node: Node) -> bool:
     """Whether all steps of an operation can be taken at once: it has a batched form and its shapes are numbers."""
     values = (*node.inputs, *(Value(node, i) for i in range(len(node.avals))))
     return node.op in _BATCHED and is_static(*values) and node.params.get("out_sharding") is None
 
 
-def _total(values: Sequence[Value]) -> int:
+def total_bytes(values: Sequence[Value]) -> int:
+    """Memory that values take together, in bytes."""
     return sum(nbytes(v.aval) for v in values)
 
 
@@ -83,7 +84,7 @@ def _invariants(loop: Loop) -> list[Value]:
         if not is_fixed(value):
             return
         sources = [Value(n, 0) for n in below([value]) if n.op == "input"]
-        if is_static(value, *sources) and nbytes(value.aval) <= max(_total(sources), 1):
+        if is_static(value, *sources) and nbytes(value.aval) <= max(total_bytes(sources), 1):
             yield value
         else:
             for operand in value.node.inputs:
@@ -130,7 +131,7 @@ def _all_steps(each: Graph, fixed: Sequence[Any], xs: Sequence[Any]) -> list[Any
 
 def _from_rows(loop: Loop) -> tuple[list[Value], list[Value]]:
     """Values to compute for all steps before the loop, and every value that is made on the way."""
-    kinds = dependence(loop, _is_batched)
+    kinds = dependence(loop, is_batched)
 
     def is_moving(value: Value) -> bool:
         return kinds.get(value.node) is Dependence.ROW and value.node.op != "input"
@@ -144,7 +145,7 @@ def _from_rows(loop: Loop) -> tuple[list[Value], list[Value]]:
         if value.node not in multiplied:
             return
         rows = [v for v in value.node.inputs if is_moving(v)]
-        if value.node.op in PRODUCTS or nbytes(value.aval) <= max(_total(rows), 1):
+        if value.node.op in PRODUCTS or nbytes(value.aval) <= max(total_bytes(rows), 1):
             yield value
         else:
             for operand in rows:
@@ -158,10 +159,10 @@ def _from_rows(loop: Loop) -> tuple[list[Value], list[Value]]:
 
 def _within(loop: Loop, made: Sequence[Value], growth: tuple[float, float]) -> bool:
     assert loop.length is not None
-    more = loop.length * _total(made)
-    rows = _total(loop.xs) + sum(nbytes(v.aval) for v in loop.results[len(loop.init) :])
+    more = loop.length * total_bytes(made)
+    rows = total_bytes(loop.xs) + sum(nbytes(v.aval) for v in loop.results[len(loop.init) :])
     low, high = growth
-    return (low == 0 or more > max(low * rows, _FREE_BYTES)) and more <= max(high * rows, _FREE_BYTES)
+    return (low == 0 or more > max(low * rows, FREE_BYTES)) and more <= max(high * rows, FREE_BYTES)
 
 
 # -- products after the loop ------------------------------------------------------------------------------------------
@@ -210,9 +211,9 @@ def _find_output_products(growth: tuple[float, float]) -> Finder:
 
 def _for_rows_only(loop: Loop) -> set[Node]:
     """Products that only ys need and what is computed from them, as far as all steps can be taken at once."""
-    kinds = dependence(loop, _is_batched)
+    kinds = dependence(loop, is_batched)
     needed = below(loop.carried) | below([v for n in loop.body.nodes if not n.is_pure for v in n.inputs])
-    stuck = {n for n in loop.body.nodes if n in needed or not n.is_pure or not _is_batched(n)}
+    stuck = {n for n in loop.body.nodes if n in needed or not n.is_pure or not is_batched(n)}
     late: set[Node] = set()
     for node in reversed(loop.body.nodes):
         uses = [u for i in range(len(node.avals)) for u, _ in loop.body.uses.get(Value(node, i), ())]
@@ -223,84 +224,6 @@ def _for_rows_only(loop: Loop) -> set[Node]:
         if node in late and (node.op in PRODUCTS or any(v.node in moved for v in node.inputs)):
             moved.add(node)
     return moved
-
-
-# -- products that are only added up ----------------------------------------------------------------------------------
-
-
-def _find_sums(graph: Graph, node: Node) -> Match | None:
-    """Carries that products are added to and nothing else reads."""
-    loop = Loop.of(node)
-    if loop.length is None or loop.length < 2:
-        return None
-    fixed, carries, steps = loop.steps_inputs
-    sums = {i: v for i in range(len(carries)) if (v := _summand(loop, i)) is not None}
-    if not sums:
-        return None
-    products = {i: _product_below(loop, v) for i, v in sums.items()}
-    factors = list(dict.fromkeys(x for p in products.values() for x in p.node.inputs))
-    rows = [v for v in factors if v not in steps and v not in loop.rows]
-    kept = [i for i in range(len(carries)) if i not in sums]
-    places = [*kept, *range(len(carries), len(loop.body.outputs))]
-    body = cut(
-        [*pick(loop.body.outputs, places), *rows],
-        [*fixed, *pick(carries, kept), *steps],
-        out_avals=[*pick(loop.body.out_avals, places), *(v.aval for v in rows)],
-    )
-
-    def build(read: Callable[[Value], Any]) -> Sequence[Any]:
-        first, init, xs = ([read(v) for v in values] for values in (loop.fixed, loop.init, loop.xs))
-        results = loop.run(body, first, pick(init, kept), xs)
-        found = dict(zip(places, results))
-        ys = {v: found[len(carries) + i] for i, v in enumerate(loop.rows)}
-        ys.update(zip((*rows, *steps), (*results[len(places) :], *xs)))
-        for i, value in sums.items():
-            product = products[i]
-            total = _summed_product(product.node, *(ys[v] for v in product.node.inputs))
-            found[i] = init[i] + run(cut([value], [product]), {}, total)[0]
-        return [found[i] for i in range(len(node.avals))]
-
-    return match_loop(graph, node, build)
-
-
-def _summand(loop: Loop, i: int) -> Value | None:
-    """What a carry grows by in each step, where it is a product whose factors take little memory over all steps."""
-    carry, out = loop.steps_inputs[1][i], loop.carried[i]
-    uses = loop.body.uses
-    if out.node.op not in ("add", "add_any") or len(uses.get(carry, ())) != 1 or len(uses[out]) != 1:
-        return None
-    value = next((v for v in out.node.inputs if v != carry), carry)
-    if carry not in out.node.inputs or not (out.aval.shape == carry.shape == value.shape):
-        return None
-    product = _product_below(loop, value)
-    if product is None or value.dtype != carry.dtype:
-        return None
-    node = product.node
-    fixed = loop.steps_inputs[0]
-    if any(v.dtype != product.dtype or v in fixed or loop.body.is_known(v) for v in node.inputs):
-        return None
-    assert loop.length is not None
-    bound = max(_GROWTH * _total([carry]), _FREE_BYTES)
-    return value if loop.length * _total(node.inputs) <= bound else None
-
-
-def _product_below(loop: Loop, value: Value) -> Value | None:
-    """The product that a value is, or is a rearrangement of, if nothing else uses it."""
-    while len(loop.body.uses[value]) == 1 and _is_batched(value.node):
-        if value.node.op == "dot_general":
-            return value
-        if value.node.op not in ("transpose", "reshape", "squeeze"):
-            return None
-        value = value.node.inputs[0]
-    return None
-
-
-def _summed_product(node: Node, lhs: Any, rhs: Any) -> Any:
-    """The sum over the leading axis of products of rows: that axis is one more that is contracted."""
-    contract, batch = node.params["dimension_numbers"]
-    numbers = tuple((0, *(d + 1 for d in dims)) for dims in contract), tuple(tuple(d + 1 for d in b) for b in batch)
-    options = {k: node.params[k] for k in ("precision", "preferred_element_type")}
-    return lax.dot_general(lhs, rhs, numbers, **options)
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
@@ -381,22 +304,7 @@ def _case_large_output_products(s: Any) -> Iterator[Any]:
     yield scan, (s.array(1, 32), s.array(32, 1), s.array(rows, 1), s.array(steps, rows, 1))
 
 
-def _case_sums(s: Any) -> Iterator[Any]:
-    s.floating_only()
-    left, right, steps, rows = s.dim(), s.dim(), s.dim(2), s.dim()
-
-    def scan(total: Any, xs: Any, ys: Any) -> Any:
-        def step(carry: Any, row: Any) -> Any:
-            x, y = row
-            total, c = carry
-            return (total + (y.T @ jnp.tanh(c * x)).T, c + x), None
-
-        return lax.scan(step, (total, xs[0]), (xs, ys))[0]
-
-    yield scan, (s.array(left, right), s.array(steps, rows, left), s.array(steps, rows, right))
-
-
-_SMALL, _LARGE = (0, _GROWTH), (_GROWTH, _OFFERED_GROWTH)
+_SMALL, _LARGE = (0, GROWTH), (GROWTH, _OFFERED_GROWTH)
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -440,13 +348,5 @@ RULES: tuple[Rule, ...] = (
         "reassociate",
         kind="offer",
         cases=_case_large_output_products,
-    ),
-    Rule(
-        "summed-products",
-        "scan: s ← s + a[t]ᵀ b[t] → s + Aᵀ B after the loop",
-        Find(("scan",), _find_sums),
-        replace_loop,
-        "reassociate",
-        cases=_case_sums,
     ),
 )

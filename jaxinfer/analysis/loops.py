@@ -96,6 +96,7 @@ class Loop:
         Returns:
             Final carries, then ys.
         """
+        body = dataclasses.replace(body, origin=None)
         if cond is None:
             changes = {"body": body, "num_consts": len(fixed), "num_carry": len(init)}
             return list(Emit({}).scan(_changed(self.node, changes), *fixed, *init, *xs))
@@ -104,7 +105,9 @@ class Loop:
 
 
 def _changed(node: Node, changes: Mapping[str, Any]) -> Node:
-    return dataclasses.replace(node, params={**node.params, **changes})
+    """A node with other bodies, whose parameters in JAX's own words no longer hold."""
+    params = {name: value for name, value in node.params.items() if name != "_original"}
+    return dataclasses.replace(node, params={**params, **changes})
 
 
 # -- parts of programs ------------------------------------------------------------------------------------------------
