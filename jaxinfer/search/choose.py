@@ -106,23 +106,34 @@ def choose(
     """
     sites: dict[Any, _Site] = {}
     for owner, node in _owners(graph, offers):
-        forms, replacements = _forms(owner, offers[node])
-        identity = tuple((name, g.fingerprint or id(g)) for name, g in forms.items())
-        site = sites.setdefault(identity, _Site([], forms, []))
-        site.nodes.append(node)
-        site.replacements.append(replacements)
+        for replacements in _by_roots(offers[node]):
+            forms, named = _forms(owner, replacements)
+            identity = tuple((name, g.fingerprint or id(g)) for name, g in forms.items())
+            site = sites.setdefault(identity, _Site([], forms, []))
+            site.nodes.append(node)
+            site.replacements.append(named)
     for site in sites.values():
         site.estimates = {n: seconds(g, policy.peaks, policy.platform) for n, g in site.forms.items()}
 
-    chosen: dict[Node, Replacement] = {}
+    best: dict[Node, tuple[float, Replacement]] = {}
     choices = []
     for site in sorted(sites.values(), key=lambda s: -s.weight):
-        choice = _settle(site, policy)
+        choice, saved = _settle(site, policy)
         choices.append(choice)
-        if choice.chosen != "original":
-            for node, replacements in zip(site.nodes, site.replacements):
-                chosen[node] = replacements[choice.chosen]
-    return chosen, choices
+        if choice.chosen == "original":
+            continue
+        for node, named in zip(site.nodes, site.replacements):
+            if node not in best or best[node][0] < saved:
+                best[node] = (saved, named[choice.chosen])
+    return {node: replacement for node, (_, replacement) in best.items()}, choices
+
+
+def _by_roots(replacements: Sequence[Replacement]) -> list[list[Replacement]]:
+    """Forms that replace the same values answer the same question; others are compared apart."""
+    groups: dict[tuple[Value, ...], list[Replacement]] = {}
+    for replacement in replacements:
+        groups.setdefault(replacement.roots, []).append(replacement)
+    return list(groups.values())
 
 
 def _owners(graph: Graph, offers: Mapping[Node, Any]) -> list[tuple[Graph, Node]]:
@@ -138,7 +149,8 @@ def _owners(graph: Graph, offers: Mapping[Node, Any]) -> list[tuple[Graph, Node]
 # -- settling one site ------------------------------------------------------------------------------------------------
 
 
-def _settle(site: _Site, policy: Policy) -> Choice:
+def _settle(site: _Site, policy: Policy) -> tuple[Choice, float]:
+    """What to take at a site, and the seconds that saves."""
     measured, source = _times(site, policy)
     if measured:
         best = min(measured, key=measured.__getitem__)
@@ -148,7 +160,7 @@ def _settle(site: _Site, policy: Policy) -> Choice:
         old, new = site.estimates["original"], site.estimates[best]
     chosen = best if new < _MARGIN[source] * old else "original"
     candidates = {n: (measured.get(n), estimate) for n, estimate in site.estimates.items()}
-    return Choice(describe(site.nodes[0]), candidates, chosen, source, len(site.nodes))
+    return Choice(describe(site.nodes[0]), candidates, chosen, source, len(site.nodes)), old - new
 
 
 def _times(site: _Site, policy: Policy) -> tuple[dict[str, float], Source]:
@@ -196,14 +208,12 @@ def _random(rng: np.random.Generator, aval: Any) -> Any:
 def _forms(graph: Graph, replacements: Sequence[Replacement]) -> tuple[dict[str, Graph], dict[str, Replacement]]:
     """Old and new forms as small programs over the same inputs, by name."""
     named = {r.rule.name: r for r in replacements}
-    widest = max(replacements, key=lambda r: len(r.roots))
-    # Forms with other roots answer another question; they are compared where they are alone or widest.
-    named = {n: r for n, r in named.items() if r.roots == widest.roots}
+    roots = replacements[0].roots
     arguments = list(dict.fromkeys(a for r in named.values() for a in r.arguments))
-    tail = _epilogue(graph, widest.roots)
-    forms = {"original": _program(graph, arguments, widest.roots, tail, None)}
+    tail = _epilogue(graph, roots)
+    forms = {"original": _program(graph, arguments, roots, tail, None)}
     for name, replacement in named.items():
-        forms[name] = _program(graph, arguments, widest.roots, tail, replacement)
+        forms[name] = _program(graph, arguments, roots, tail, replacement)
     return forms, named
 
 
