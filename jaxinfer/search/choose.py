@@ -170,7 +170,7 @@ def _times(site: _Site, policy: Policy) -> tuple[dict[str, float], Source]:
         return {}, "analytic"
     name = key("site", policy.environment, policy.platform, sorted(fingerprints.items()))
     stored = policy.cache.get(name)
-    if isinstance(stored, dict) and "original" in stored and set(stored) <= set(site.forms):
+    if _are_timings(stored, site):
         return stored, "cached"
     if not policy.may_measure:
         return {}, "analytic"
@@ -182,6 +182,15 @@ def _times(site: _Site, policy: Policy) -> tuple[dict[str, float], Source]:
     times = dict(zip(hopeful, time_candidates(calls, budget_s=budget)))
     policy.cache.put(name, times)
     return times, "measured"
+
+
+def _are_timings(stored: Any, site: _Site) -> bool:
+    return (
+        isinstance(stored, dict)
+        and "original" in stored
+        and set(stored) <= set(site.forms)
+        and all(isinstance(t, float) and t > 0 for t in stored.values())
+    )
 
 
 def _compiled(form: Graph) -> Any:
