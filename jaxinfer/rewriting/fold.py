@@ -100,7 +100,7 @@ def _is_view(node: Node, user: Node | None) -> bool:
     """
     if user is None or user.op not in _FUSED:
         return False
-    while node.op in ("reshape", "squeeze"):
+    while node.op in ("reshape", "squeeze", "broadcast_in_dim") and nbytes(node.aval) == nbytes(node.inputs[0].aval):
         node = node.inputs[0].node
     return node.op == "slice"
 

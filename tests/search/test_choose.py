@@ -15,7 +15,9 @@ from jaxinfer.search.device import default_peaks
 
 
 def _offer(name, after, ops="dot_general"):
-    return Rule(name, "dot(x, w) → another form", op(ops, var("x"), var("w"), name="dot"), after, "reassociate", "offer")
+    return Rule(
+        name, "dot(x, w) → another form", op(ops, var("x"), var("w"), name="dot"), after, "reassociate", "offer"
+    )
 
 
 def _again(m: Match, x, w):

@@ -1,0 +1,82 @@
+"""Partial evaluation: what is computed ahead of time, what is left, and what it may cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinfer.graph import check, emit, trace
+from jaxinfer.rewriting import fold
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
+W = jnp.asarray(np.random.default_rng(1).normal(size=(8, 8)), jnp.float32)
+
+
+def _folded(fun, *known):
+    graph = trace(jax.make_jaxpr(fun)(*known, X), dict(enumerate(known)))
+    new = fold(graph)
+    check(new)
+    got = jax.jit(emit(new))([w.value for w in new.weights], X)
+    np.testing.assert_allclose(got[0], fun(*known, X), rtol=1e-5, atol=1e-5)
+    return graph, new
+
+
+def test_a_chain_of_known_operations_becomes_one_array():
+    _, new = _folded(lambda w, x: x @ jnp.tanh(w @ w).T, W)
+    assert [n.op for n in new.nodes] == ["dot_general"]
+    assert len(new.constants) == 1
+
+
+def test_a_broadcast_of_something_small_is_left_as_an_operation():
+    bias = jnp.arange(8.0)
+    _, new = _folded(lambda b, x: x[None] + jnp.broadcast_to(2 * b, (500, 4, 8)), bias)
+    assert new.count("broadcast_in_dim") == 1
+    assert max(c.aval.size for c in new.constants) <= 8
+
+
+def test_literals_alone_are_left_to_the_compiler():
+    graph, new = _folded(lambda x: x + jnp.zeros((4, 8)))
+    assert new is graph
+
+
+def test_parts_of_one_array_stay_one_array():
+    def taps(w, x):
+        return sum(x * w[i] for i in range(8))
+
+    _, new = _folded(taps, W)
+    assert len(new.constants) == 1
+
+
+def test_a_part_that_a_product_reads_is_cut_out_beforehand():
+    _, new = _folded(lambda w, x: x[:, :4] @ w[:4], W)
+    assert new.count("slice") == 1
+    assert {c.aval.shape for c in new.constants} == {(4, 8)}
+
+
+def test_known_values_inside_loops_and_branches_are_folded():
+    def program(w, x):
+        step = lambda c, _: (jnp.tanh(c @ w), None)  # noqa: E731
+        looped = lax.scan(step, x, None, length=3)[0]
+        return lax.cond(x[0, 0] > 0, lambda y: y @ (w * 2), lambda y: y, looped)
+
+    _folded(program, W)
+
+
+def test_effects_and_random_draws_are_never_evaluated_ahead():
+    seen = []
+
+    def program(w, x):
+        jax.debug.callback(lambda v: seen.append(float(v)), w.sum())
+        return x @ w
+
+    graph = trace(jax.make_jaxpr(program)(W, X), {0: W})
+    new = fold(graph)
+    assert seen == []
+    assert sum(bool(n.effects) for n in new.nodes) == 1
+
+
+def test_a_known_result_is_a_constant():
+    graph = trace(jax.make_jaxpr(lambda w, x: (w @ w, x))(W, X), {0: W})
+    new = fold(graph)
+    assert new.nodes == ()
+    np.testing.assert_allclose(new.outputs[0].node.value, W @ W, rtol=1e-5, atol=1e-5)
