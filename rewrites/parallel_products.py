@@ -205,6 +205,26 @@ def _multiply_table(m: Match, table: Any, places: Any, w: Any) -> Any:
     return rebind(lookup, product, places, dimension_numbers=numbers, slice_sizes=(1, *product.shape[1:]))
 
 
+def _find_moved_lookup(graph: Graph, node: Node) -> Match | None:
+    """Rows of a table, looked up at many places and then put into another order."""
+    (rows,) = node.inputs
+    lookup, order = rows.node, node.params["permutation"]
+    if lookup.op != "gather" or not is_static(rows, *lookup.inputs) or len(graph.uses[rows]) != 1:
+        return None
+    numbers, (table, places) = lookup.params["dimension_numbers"], lookup.inputs
+    last = len(order) - 1
+    whole = numbers.collapsed_slice_dims == numbers.start_index_map == (0,) and not numbers.operand_batching_dims
+    if len(table.shape) != 2 or not whole or numbers.offset_dims != (last,) or order[last] != last:
+        return None
+    return Match(graph, (Value(node, 0),), {"table": table, "places": places})
+
+
+def _look_up_moved(m: Match, table: Any, places: Any) -> Any:
+    # The last axis of the places holds the index itself, as that of the result holds the row.
+    node = m.roots[0].node
+    return rebind(node.inputs[0].node, table, lax.transpose(places, node.params["permutation"]))
+
+
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +266,21 @@ def _case_lookup(s: Any) -> Iterator[Any]:
     yield look_up, (s.frozen(rows, inner), s.frozen(inner, columns), places)
 
 
+def _case_moved_lookup(s: Any) -> Iterator[Any]:
+    rows, columns = s.dim(2), s.dim()
+    places = s.rng.integers(0, rows, (2, 3)).astype("int32")
+    yield lambda e, i: e[i].transpose(1, 0, 2), (s.array(rows, columns), places)
+
+
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "transpose-of-lookup",
+        "transpose(E[i]) → E[transpose(i)]",
+        Find(("transpose",), _find_moved_lookup),
+        _look_up_moved,
+        "bitwise",
+        cases=_case_moved_lookup,
+    ),
     Rule(
         "parallel-products",
         "x A, x B, known A and B → x [A B], taken apart",
