@@ -30,7 +30,7 @@ def test_a_chain_of_known_operations_becomes_one_array():
 def test_a_broadcast_of_something_small_is_left_as_an_operation():
     bias = jnp.arange(8.0)
     _, new = _folded(lambda b, x: x[None] + jnp.broadcast_to(2 * b, (500, 4, 8)), bias)
-    assert new.count("broadcast_in_dim") == 1
+    assert any(n.op == "broadcast_in_dim" and n.inputs[0].node.is_const for n in new.nodes)
     assert max(c.aval.size for c in new.constants) <= 8
 
 
@@ -44,7 +44,7 @@ def test_parts_of_one_array_stay_one_array():
         return sum(x * w[i] for i in range(8))
 
     _, new = _folded(taps, W)
-    assert len(new.constants) == 1
+    assert [c.aval.shape for c in new.constants if c.aval.shape] == [(8, 8)]
 
 
 def test_a_part_that_a_product_reads_is_cut_out_beforehand():
