@@ -1,8 +1,8 @@
 """Partial evaluation: what depends on known values only is computed once, ahead of time.
 
 Literals alone are left to XLA (folding a broadcast scalar would trade a free operation for memory traffic); what is
-folded descends from an array. A known value much larger than the weights it comes from, such as a bias broadcast over an
-image, stays an operation on its folded operands.
+folded descends from an array. A known value much larger than the weights it comes from, such as a bias broadcast over
+an image, stays an operation on its folded operands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def fold(graph: Graph, evaluate: Evaluate | None = None) -> Graph:
 
     Args:
         graph: the program.
-        evaluate: computes the outputs of a graph without inputs; by default on JAX's default device, in one compilation.
+        evaluate: computes the outputs of a graph without inputs; by default on JAX's default device, compiled once.
 
     Returns:
         The graph with the known values folded; the same object when there is nothing to fold.
