@@ -7,6 +7,7 @@ met in one place. Supported: JAX 0.10.2 (Python 3.11) and 0.12.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -164,6 +165,28 @@ def _nested_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield value
 
 
+def has_custom_derivatives(closed: ClosedJaxpr) -> bool:
+    """Whether a program, or a call in it, defines derivatives of its own."""
+    jaxpr, _ = open_jaxpr(closed)
+    return any(
+        operation(eqn.primitive).startswith(("custom_jvp_call", "custom_vjp_call"))
+        or any(map(has_custom_derivatives, _nested_jaxprs(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def without_derivative(closed: ClosedJaxpr, why: str) -> ClosedJaxpr:
+    """The same program, whose differentiation raises a :class:`TypeError`."""
+    fun = jax.custom_jvp(jaxpr_as_fun(closed))
+
+    @fun.defjvp
+    def refuse(*_: Any) -> Any:
+        raise TypeError(why)
+
+    return make_jaxpr(fun, [v.aval for v in open_jaxpr(closed)[0].invars])
+
+
 def is_ref(aval: Any) -> bool:
     """Whether values of a type are mutable arrays."""
     return isinstance(aval, AbstractRef)
@@ -222,6 +245,11 @@ def nested_source(outer: Any, inner: Any) -> Any:
     if outer is None or not outer.name_stack.stack:
         return inner
     return inner.replace(name_stack=outer.name_stack + inner.name_stack)
+
+
+def without_names(source: Any) -> Any:
+    """The source of an equation without its name stack, for code that already runs under it."""
+    return None if source is None else source.replace(name_stack=_source.NameStack())
 
 
 def source_line(source: Any) -> str:

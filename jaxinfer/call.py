@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from jaxinfer import _jax
@@ -30,20 +31,22 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def optimized_call(
     jaxpr: Any,
     operands: Sequence[Any],
-    settings: Settings | None,
+    settings: Settings,
     *,
     derivative: Any = None,
     folded: int = 0,
+    ready: bool = False,
 ) -> list[Any]:
     """Calls a program that is optimized where it is compiled.
 
     Args:
         jaxpr: the closed jaxpr to run.
         operands: its arguments; arrays or tracers.
-        settings: how to optimize; None runs the program as it is.
-        derivative: a closed jaxpr over ``operands[folded:]`` with the same results, to differentiate and batch instead
-            of ``jaxpr`` as long as the first ``folded`` operands take no part in the transformation.
+        settings: how to optimize.
+        derivative: a closed jaxpr over ``operands[folded:]`` with the same results, to differentiate instead of
+            ``jaxpr`` as long as the first ``folded`` operands take no part in it.
         folded: how many leading operands are weights folded from the program's own.
+        ready: the program was optimized before and runs as it is; what is derived from it is optimized again.
 
     Returns:
         The results, flat.
@@ -56,6 +59,7 @@ def optimized_call(
         settings=settings,
         derivative=derivative,
         folded=folded + len(consts) if derivative is not None else 0,
+        ready=ready,
     )
 
 
@@ -74,8 +78,8 @@ def _abstract(*_: Any, jaxpr: Any, **__: Any) -> tuple[list[Any], Any]:
 
 
 def _lowered(platform: str) -> Callable[..., Any]:
-    def run(*operands: Any, jaxpr: Any, settings: Settings | None, **_: Any) -> list[Any]:
-        if settings is None or _jax.uses_refs(jaxpr):
+    def run(*operands: Any, jaxpr: Any, settings: Settings, ready: bool, **_: Any) -> list[Any]:
+        if ready or _jax.uses_refs(jaxpr):
             return _jax.jaxpr_as_fun(jaxpr)(*operands)
         graph = improve(trace(jaxpr), settings, platform, measure=False).graph
         return emit(graph)([w.value for w in graph.weights], *operands)
@@ -88,7 +92,7 @@ def _lowered(platform: str) -> Callable[..., Any]:
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
     active = tuple(type(t) is not ad.Zero for t in tangents)
-    jaxpr, skip = _program_for(active, params)
+    jaxpr, skip = _program_to_differentiate(active, params)
     primals, active = primals[skip:], active[skip:]
     settings = params["settings"]
     with_residuals, linear, count, has_tangent = _linearized(jaxpr, active)
@@ -101,8 +105,8 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
     ]
 
 
-def _program_for(active: Sequence[bool], params: dict[str, Any]) -> tuple[Any, int]:
-    """The program to transform, and how many leading operands it does without."""
+def _program_to_differentiate(active: Sequence[bool], params: dict[str, Any]) -> tuple[Any, int]:
+    """The program to differentiate, and how many leading operands it does without."""
     folded = params["folded"]
     if params["derivative"] is not None and not any(active[:folded]):
         return params["derivative"], folded
@@ -179,9 +183,37 @@ def _transposed(jaxpr: Any, linear: tuple[bool, ...], live: tuple[bool, ...]) ->
 
 
 def _batch(axis: Any, operands: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
-    jaxpr, skip = _program_for(tuple(map(_jax.is_mapped, dims)), params)
-    batched, out_dims = batching.batch_jaxpr2(jaxpr, axis, tuple(dims[skip:]))
-    return optimized_call(batched, operands[skip:], params["settings"]), list(out_dims)
+    derivative, folded = params["derivative"], params["folded"]
+    if any(map(_jax.is_mapped, dims[:folded])):
+        derivative, folded = None, 0
+    batched, original, out_dims = _batched(params["jaxpr"], derivative, folded, axis, tuple(dims))
+    results = optimized_call(batched, operands, params["settings"], derivative=original, folded=folded)
+    return results, list(out_dims)
+
+
+@functools.lru_cache(maxsize=1024)
+def _batched(jaxpr: Any, derivative: Any, folded: int, axis: Any, dims: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """A program and the one to differentiate in its place, both with a batch axis at the same places of the results."""
+    batched, out_dims = batching.batch_jaxpr2(jaxpr, axis, dims)
+    if derivative is None:
+        return batched, None, out_dims
+    original, its_dims = batching.batch_jaxpr2(derivative, axis, dims[folded:])
+    open_, _ = _jax.open_jaxpr(original)
+
+    def aligned(*operands: Any) -> list[Any]:
+        results = _jax.jaxpr_as_fun(original)(*operands)
+        return [_move_batch(x, was, to, axis.size) for x, was, to in zip(results, its_dims, out_dims)]
+
+    return batched, _jax.make_jaxpr(aligned, [v.aval for v in open_.invars]), out_dims
+
+
+def _move_batch(x: Any, was: Any, to: Any, size: Any) -> Any:
+    """A result with its batch axis at ``to``; both programs compute the same, but may know it to be equal or not."""
+    if not _jax.is_mapped(to):
+        return jax.lax.index_in_dim(x, 0, was, keepdims=False) if _jax.is_mapped(was) else x
+    if not _jax.is_mapped(was):
+        return jax.lax.broadcast_in_dim(x, (*x.shape[:to], size, *x.shape[to:]), [i + (i >= to) for i in range(x.ndim)])
+    return jnp.moveaxis(x, was, to)
 
 
 optimized_call_p.def_impl(_implementation)

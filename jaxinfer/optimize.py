@@ -380,6 +380,7 @@ class Frozen(Optimized):
         super().__init__(*args)
         # Weights of the settled programs; those of a pytree that was rebuilt differ from the programs' own.
         self._weights: dict[Any, list[Any]] = {}
+        self._nested: dict[Any, tuple[Any, Any]] = {}
 
     def release_original(self) -> None:
         """Lets the original weights go, where folded ones took their place.
@@ -393,6 +394,7 @@ class Frozen(Optimized):
             for program in self._programs.values():
                 program.release_original()
             self._traces.clear()
+            self._nested.clear()
             self._bound = _jax.shapes_of(self._bound)
 
     def _settle(self, signature: Any, leaves: Sequence[Any], tree: Any, static: Any, key: Any) -> None:
@@ -442,23 +444,37 @@ class Frozen(Optimized):
         if signature not in self._weights:
             return super()._call_in_trace(args, kwargs)
         program, weights = self._programs[signature], self._weights[signature]
-        count = len(weights)
-        run = program.flat(program.form)
-        folded = _jax.make_jaxpr(lambda *a: run(a[:count], *a[count:]), [*map(_jax.abstract, (*weights, *leaves))])
-        results = optimized_call(
-            folded, [*weights, *leaves], None, derivative=self._derivative(program, weights, leaves), folded=count
-        )
-        return jax.tree.unflatten(self._out_trees[signature], results)
-
-    def _derivative(self, program: Program, weights: Sequence[Any], leaves: Sequence[Any]) -> Any:
-        """The program as written, to be differentiated in place of the folded one while the weights are its own."""
+        folded, original = self._nested_programs(signature, program, leaves)
         mine = program.weights(program.form)
         own = len(weights) == len(mine) and all(a is b for a, b in zip(weights, mine))
         if not own or program.released:
-            return None
-        known = list(program.known.values())
-        return _jax.make_jaxpr(
-            lambda *a: _jax.jaxpr_as_fun(program.jaxpr)(*known, *a), [_jax.abstract(x) for x in leaves]
+            original = None
+            if _jax.has_custom_derivatives(program.jaxpr):
+                folded = _jax.without_derivative(folded, self._lost_derivative)
+        results = optimized_call(
+            folded, [*weights, *leaves], self._settings, derivative=original, folded=len(weights), ready=True
+        )
+        return jax.tree.unflatten(self._out_trees[signature], results)
+
+    def _nested_programs(self, signature: Any, program: Program, leaves: Sequence[Any]) -> tuple[Any, Any]:
+        """The folded program over (weights, operands), and over operands the one as written, for derivatives."""
+        if signature not in self._nested:
+            weights = program.weights(program.form)
+            count, run, known = len(weights), program.flat(program.form), list(program.known.values())
+            operands = [_jax.abstract(x) for x in leaves]
+            folded = _jax.make_jaxpr(lambda *a: run(a[:count], *a[count:]), [*map(_jax.abstract, weights), *operands])
+            original = None
+            if not program.released:
+                original = _jax.make_jaxpr(lambda *a: _jax.jaxpr_as_fun(program.jaxpr)(*known, *a), operands)
+            self._nested[signature] = folded, original
+        return self._nested[signature]
+
+    @property
+    def _lost_derivative(self) -> str:
+        return (
+            f"{self.__name__} defines derivatives of its own (custom_jvp or custom_vjp), which its folded weights do "
+            "not know: differentiate a frozen function that is closed over instead of passed as an argument, before "
+            "release_original(), or differentiate first and freeze then"
         )
 
     # -- as a pytree --
@@ -480,7 +496,7 @@ class Frozen(Optimized):
         elif detail is None:
             (new._bound,) = children
         else:
-            new._programs, new._traces = template._programs, template._traces
+            new._programs, new._traces, new._nested = template._programs, template._traces, template._nested
             new._out_trees = template._out_trees
             new._weights = dict(zip(detail, children))
         return new
