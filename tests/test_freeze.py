@@ -163,6 +163,84 @@ def test_gradient_in_the_weights_of_a_frozen_pytree(params, x):
     assert any(leaf.size == OUT and np.allclose(leaf.ravel(), want, atol=1e-4) for leaf in leaves)
 
 
+@jax.custom_vjp
+def straight_through(x):
+    return jnp.round(x)
+
+
+straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, ct: (ct,))
+
+
+def quantized(params, x):
+    return jnp.sum(straight_through(x @ params["kernel"] * params["scale"]) ** 2)
+
+
+TRANSFORMATIONS = {
+    "grad": jax.grad,
+    "vmap": jax.vmap,
+    "vmap of grad": lambda f: jax.vmap(jax.grad(f)),
+    "grad of vmap": lambda f: jax.grad(lambda x: jnp.sum(jax.vmap(f)(x))),
+    "grad of vmap of vmap": lambda f: jax.grad(lambda x: jnp.sum(jax.vmap(jax.vmap(f))(x[:, None]))),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_derivatives_that_the_user_chose_survive_folding(name, params, x):
+    frozen = optimize(quantized).freeze(params)
+    assert_close(frozen(x), quantized(params, x))
+    assert frozen.program(x[0]).optimized
+    transform = TRANSFORMATIONS[name]
+    want = transform(functools.partial(quantized, params))(x)
+    for have in (transform(frozen)(x), jax.jit(transform(frozen))(x)):
+        np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+def test_derivatives_that_folded_weights_do_not_know_are_refused(params, x):
+    frozen = optimize(quantized).freeze(params)
+    frozen(x)
+    with pytest.raises(TypeError, match="quantized defines derivatives of its own"):
+        jax.jit(lambda f, x: jax.grad(f)(x))(frozen, x)
+    assert_close(jax.jit(lambda f, x: jax.vmap(f)(x[None]))(frozen, x)[0], quantized(params, x))
+    frozen.release_original()
+    with pytest.raises(TypeError, match="release_original"):
+        jax.grad(frozen)(x)
+    assert_close(jax.jit(frozen)(x), quantized(params, x))
+
+
+def test_batches_of_a_frozen_function_use_its_folded_weights(params, x):
+    frozen = optimize(layer).freeze(params)
+    row = frozen(x[0])
+    text = jax.jit(jax.vmap(frozen)).lower(x).as_text()
+    assert "stablehlo.multiply" not in text, "the scale is in the kernel"
+    assert_close(jax.vmap(frozen)(x)[0], row)
+
+
+def test_repeated_derivatives_and_batches_do_not_compile_again(params, x):
+    frozen, plain = optimize(layer).freeze(params), optimize(layer)
+    frozen(x)
+    plain(params, x)
+    row = jnp.ones(HIDDEN)
+    frozen(row)
+    calls = [
+        lambda: jax.grad(lambda v: frozen(v).sum())(x),
+        lambda: jax.vmap(frozen)(x),
+        lambda: jax.grad(lambda p: plain(p, x).sum())(params),
+        lambda: jax.vmap(plain, (None, 0))(params, x),
+    ]
+    for call in calls:
+        call()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        note := lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    try:
+        for call in calls:
+            call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not compiled
+
+
 # -- as a pytree ------------------------------------------------------------------------------------------------------
 
 
@@ -211,8 +289,7 @@ def test_exported_and_called_elsewhere(params, x):
     leaves, structure = jax.tree.flatten(frozen)
     exported = jax.export.export(jax.jit(lambda leaves, x: jax.tree.unflatten(structure, leaves)(x)))(leaves, x)
     assert literals(exported.mlir_module()) < 200
-    again = jax.export.deserialize(exported.serialize())
-    assert_close(again.call(leaves, x), layer(params, x))
+    assert_close(jax.jit(exported.call)(leaves, x), layer(params, x))
 
 
 # -- the original weights ---------------------------------------------------------------------------------------------
