@@ -82,11 +82,12 @@ def batch_axes(graph: Graph) -> BatchAxes | None:
     )
 
 
-def spreads(graph: Graph, axes: BatchAxes) -> dict[Value, Spread]:
-    """How every value of a program is spread over the examples, nested graphs not included."""
+def value_axes(graph: Graph, axes: BatchAxes) -> dict[Value, int]:
+    """The batch axis of every value of a program that has one, nested graphs not included."""
     values = [Value(node, i) for node in (*graph.inputs, *graph.nodes) for i in range(len(node.avals))]
     everything = Graph(graph.inputs, graph.nodes, tuple(values))
-    return dict(zip(values, interpret(everything, Spreads(axes.size), *map(Spread, axes.inputs))))
+    spreads = interpret(everything, Spreads(axes.size), *map(Spread, axes.inputs))
+    return {value: spread.axis for value, spread in zip(values, spreads) if spread.axis is not None}
 
 
 class Spreads(Domain[Spread]):

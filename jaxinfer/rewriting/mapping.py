@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer import _jax
-from jaxinfer.analysis.batch import BatchAxes, batch_axes, spreads
+from jaxinfer.analysis.batch import BatchAxes, batch_axes, value_axes
 from jaxinfer.graph import Graph, GraphBuilder, Value, run, trace_function
 from jaxinfer.rewriting.rebatch import rebatch
 
@@ -63,7 +63,7 @@ def map_stages(graph: Graph, stages: Sequence[Stage], improve: Improve = lambda 
     found = batch_axes(graph)
     if found is None or any(found.size % stage.step for stage in stages):
         return None
-    axes = {value: spread.axis for value, spread in spreads(graph, found).items()}
+    axes = value_axes(graph, found)
     loops = [_loop(graph, found.size, axes, stage, crossing, improve) for stage, crossing in _cut(graph, stages, axes)]
     shared = [v for v, axis in zip(graph.outputs, found.outputs) if axis is None]
     rest = _between(graph, [Value(n, 0) for n in graph.inputs], shared)
@@ -78,21 +78,21 @@ def map_stages(graph: Graph, stages: Sequence[Stage], improve: Improve = lambda 
     return trace_function(fun, *(node.aval for node in graph.inputs))
 
 
-def crossing_values(graph: Graph, axes: Mapping[Value, int | None], position: int) -> list[Value]:
+def crossing_values(graph: Graph, axes: Mapping[Value, int], position: int) -> list[Value]:
     """The values with a batch axis that are computed before a position in the program and needed at or after it."""
     before = {*graph.inputs, *graph.nodes[:position]}
     needed = dict.fromkeys(v for node in graph.nodes[position:] for v in node.inputs)
     needed.update(dict.fromkeys(graph.outputs))
-    return [v for v in needed if v.node in before and axes.get(v) is not None]
+    return [v for v in needed if v.node in before and v in axes]
 
 
 def _cut(
-    graph: Graph, stages: Sequence[Stage], axes: Mapping[Value, int | None]
+    graph: Graph, stages: Sequence[Stage], axes: Mapping[Value, int]
 ) -> list[tuple[Stage, tuple[list[Value], list[Value]]]]:
     """Every stage with the batched values it reads and those it gives to later ones."""
     ends = [*(stage.start for stage in stages[1:]), len(graph.nodes)]
     cut = []
-    given = [v for n in graph.inputs if axes[v := Value(n, 0)] is not None]
+    given = [v for n in graph.inputs if (v := Value(n, 0)) in axes]
     for stage, end in zip(stages, ends):
         wanted = crossing_values(graph, axes, end)
         cut.append((stage, (given, [v for v in wanted if v not in given])))
@@ -103,15 +103,15 @@ def _cut(
 def _loop(
     graph: Graph,
     size: int,
-    axes: Mapping[Value, int | None],
+    axes: Mapping[Value, int],
     stage: Stage,
     crossing: tuple[list[Value], list[Value]],
     improve: Improve,
 ) -> Callable[[Mapping[Value, Any]], dict[Value, Any]]:
     """A stage as a function from the values before it to those after it."""
     given, wanted = crossing
-    shared = [v for n in graph.inputs if axes[v := Value(n, 0)] is None]
-    known = BatchAxes(size, tuple(axes[v] for v in (*given, *shared)), tuple(axes[v] for v in wanted))
+    shared = [v for n in graph.inputs if (v := Value(n, 0)) not in axes]
+    known = BatchAxes(size, tuple(axes.get(v) for v in (*given, *shared)), tuple(axes[v] for v in wanted))
     whole = _between(graph, [*given, *shared], wanted)
     resized = whole if stage.step == size else rebatch(whole, stage.step, known)
     assert resized is not None

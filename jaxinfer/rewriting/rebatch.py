@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ class _Resize(Domain[_Piece]):
 
     def along(self, piece: _Piece, axis: int | None) -> Any:
         """The value of a piece used as one with the given batch axis."""
-        if piece.spread.axis == axis:
+        if axis is None or piece.spread.axis == axis:
             return piece.value
         if piece.compute is not None:
             return piece.compute(axis)
@@ -93,7 +94,7 @@ class _Resize(Domain[_Piece]):
         if all(p.spread.axis is None for p in inputs):
             values = self.whole.default(node, *(p.value for p in inputs))
             return [
-                _Piece(value, spread, lambda axis, i=i: self._smaller(node, inputs, i, axis))
+                _Piece(value, spread, partial(self._smaller, node, inputs, i))
                 for i, (value, spread) in enumerate(zip(values, spreads))
             ]
         way = self.spreads.way(node, [p.spread for p in inputs])

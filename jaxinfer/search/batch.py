@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from jaxinfer.analysis.batch import batch_axes, spreads
+from jaxinfer.analysis.batch import batch_axes, value_axes
 from jaxinfer.analysis.cost import cost, flops, nbytes
 from jaxinfer.analysis.products import PRODUCTS
 from jaxinfer.graph import Graph, Node, Value
@@ -58,14 +58,14 @@ def choose_stages(graph: Graph, examples: int, budget: int = _CACHE) -> list[Sta
     """
     found = batch_axes(graph)
     assert found is not None
-    axes = {value: spread.axis for value, spread in spreads(graph, found).items()}
-    products = [i for i, node in enumerate(graph.nodes) if node.op in PRODUCTS and axes[Value(node, 0)] is not None]
+    axes = value_axes(graph, found)
+    products = [i for i, node in enumerate(graph.nodes) if node.op in PRODUCTS and Value(node, 0) in axes]
     steps = [d for d in range(1, examples + 1) if examples % d == 0]
     stages: list[Stage] = []
     largest = 0
     for i, position in reversed(list(enumerate(products))):
         node = graph.nodes[position]
-        batched = [v for v in (*node.inputs, Value(node, 0)) if axes.get(v) is not None]
+        batched = [v for v in (*node.inputs, Value(node, 0)) if v in axes]
         largest = max([largest, *(nbytes(v.aval) for v in batched)])
         step = max([d for d in steps if d * largest <= budget * examples], default=1)
         if not stages or step < stages[0].step:
@@ -78,7 +78,7 @@ def choose_stages(graph: Graph, examples: int, budget: int = _CACHE) -> list[Sta
     return stages
 
 
-def _bytes_crossing(graph: Graph, axes: Mapping[Value, int | None], position: int) -> int:
+def _bytes_crossing(graph: Graph, axes: Mapping[Value, int], position: int) -> int:
     return sum(nbytes(v.aval) for v in crossing_values(graph, axes, position))
 
 

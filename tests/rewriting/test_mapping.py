@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxinfer.analysis.batch import batch_axes, spreads
+from jaxinfer.analysis.batch import batch_axes, value_axes
 from jaxinfer.graph import Graph, check, emit, run, trace_function
 from jaxinfer.models.zoo import ZOO, load
 from jaxinfer.rewriting.mapping import Stage, crossing_values, map_batch, map_stages
 
 N = 4
 # The last state of a word is picked by the number of the example, which is not looked through.
-PARALLEL = [name for name in ZOO if name != "g2p"]
+QUICK = {"mobilenetv2", "lstm", "decoder", "gcn", "two_tower", "ctc"}
+PARALLEL = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ZOO if n != "g2p"]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_what_crosses_a_cut() -> None:
     graph = graph_of(lambda x: jnp.sin(x).sum(1) + jnp.cos(x[:, 0]), normal(N, 3))
     found = batch_axes(graph)
     assert found is not None
-    axes = {value: spread.axis for value, spread in spreads(graph, found).items()}
+    axes = value_axes(graph, found)
     first = [n.op for n in graph.nodes].index("reduce_sum")
     assert {v.op for v in crossing_values(graph, axes, first)} == {"input", "sin"}
     assert {v.op for v in crossing_values(graph, axes, len(graph.nodes))} == {"add"}
