@@ -15,7 +15,7 @@ from jaxinfer.analysis.structure import is_static
 from jaxinfer.graph import Graph, Node, Value, run, trace_function
 from jaxinfer.rewrites.loop_operands import match_loop, pick, replace_loop
 from jaxinfer.rewrites.parallel_products import one_dot
-from jaxinfer.rewrites.recurrence import FREE_BYTES, GROWTH, is_batched, total_bytes
+from jaxinfer.rewrites.recurrence import FREELY, is_batched, total_bytes, within
 from jaxinfer.rewriting import Find, Match, Rule
 
 # A loop that is shorter does not pay for joining weights before it.
@@ -40,6 +40,8 @@ def _find_sums(graph: Graph, node: Node) -> Match | None:
     products = {i: _product_below(loop, v) for i, v in sums.items()}
     factors = list(dict.fromkeys(x for p in products.values() for x in p.node.inputs))
     rows = [v for v in factors if v not in steps and v not in loop.rows]
+    if not within(loop, rows, FREELY):
+        return None
     kept = [i for i in range(len(carries)) if i not in sums]
     places = [*kept, *range(len(carries), len(loop.body.outputs))]
     body = cut(
@@ -64,7 +66,7 @@ def _find_sums(graph: Graph, node: Node) -> Match | None:
 
 
 def _summand(loop: Loop, i: int) -> Value | None:
-    """What a carry grows by in each step, where it is a product whose factors take little memory over all steps."""
+    """What a carry that nothing else reads grows by in each step, where it is a product."""
     carry, out = loop.steps_inputs[1][i], loop.carried[i]
     uses = loop.body.uses
     if out.node.op not in ("add", "add_any") or len(uses.get(carry, ())) != 1 or len(uses[out]) != 1:
@@ -79,9 +81,7 @@ def _summand(loop: Loop, i: int) -> Value | None:
     fixed = loop.steps_inputs[0]
     if any(v.dtype != product.dtype or v in fixed or loop.body.is_known(v) for v in node.inputs):
         return None
-    assert loop.length is not None
-    bound = max(GROWTH * total_bytes([carry]), FREE_BYTES)
-    return value if loop.length * total_bytes(node.inputs) <= bound else None
+    return value
 
 
 def _product_below(loop: Loop, value: Value) -> Value | None:

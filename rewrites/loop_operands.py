@@ -240,7 +240,7 @@ def _repeated(inner: Sequence[Value], outer: Sequence[Value]) -> dict[Value, Val
     """Inputs of the body that are given the same operand as an earlier one."""
     first: dict[Value, Value] = {}
     found = {x: first.setdefault(v, x) for x, v in zip(inner, outer)}
-    return {x: y for x, y in found.items() if x is not y and x != y}
+    return {x: y for x, y in found.items() if x != y}
 
 
 def _equal_carries(loop: Loop) -> dict[Value, Value]:

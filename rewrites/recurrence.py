@@ -23,9 +23,10 @@ from jaxinfer.rewriting import Find, Match, Rule
 
 # What moves out of a loop may take this many times the memory of the loop's rows, or a small amount, without asking; up
 # to a larger multiple it is offered.
-GROWTH = 4
-FREE_BYTES = 1 << 20
+_GROWTH = 4
+_FREE_BYTES = 1 << 20
 _OFFERED_GROWTH = 64
+FREELY, _LARGE = (0, _GROWTH), (_GROWTH, _OFFERED_GROWTH)
 
 # Operations that ``jax.vmap`` applies to all steps at once as it would to each.
 _BATCHED = (
@@ -109,7 +110,7 @@ def _find_input_products(growth: tuple[float, float]) -> Finder:
         if loop.length is None or loop.length < 2 or not loop.xs:
             return None
         moved, made = _from_rows(loop)
-        if not moved or not _within(loop, made, growth):
+        if not moved or not within(loop, made, growth):
             return None
         fixed, carries, steps = loop.steps_inputs
         body = cut(loop.body.outputs, [*fixed, *carries, *steps, *moved], out_avals=loop.body.out_avals)
@@ -157,12 +158,19 @@ def _from_rows(loop: Loop) -> tuple[list[Value], list[Value]]:
     return moved, [Value(n, i) for n in made for i in range(len(n.avals))]
 
 
-def _within(loop: Loop, made: Sequence[Value], growth: tuple[float, float]) -> bool:
+def within(loop: Loop, made: Sequence[Value], growth: tuple[float, float]) -> bool:
+    """Whether holding some of a body's values for all steps takes memory within bounds.
+
+    Args:
+        loop: the loop.
+        made: the values of one step.
+        growth: more than this many times the loop's rows (0: any), and at most that many times or a small amount.
+    """
     assert loop.length is not None
     more = loop.length * total_bytes(made)
-    rows = total_bytes(loop.xs) + sum(nbytes(v.aval) for v in loop.results[len(loop.init) :])
+    rows = total_bytes((*loop.xs, *loop.results[len(loop.init) :]))
     low, high = growth
-    return (low == 0 or more > max(low * rows, FREE_BYTES)) and more <= max(high * rows, FREE_BYTES)
+    return (low == 0 or more > max(low * rows, _FREE_BYTES)) and more <= max(high * rows, _FREE_BYTES)
 
 
 # -- products after the loop ------------------------------------------------------------------------------------------
@@ -188,7 +196,7 @@ def _find_output_products(growth: tuple[float, float]) -> Finder:
         sources = [v for v in reads if v.node not in late and not loop.body.is_known(v)]
         stacked = [v for v in sources if v not in fixed and v not in steps]
         made = [Value(n, i) for n in late for i in range(len(n.avals))]
-        if not _within(loop, [*made, *stacked], growth):
+        if not within(loop, [*made, *stacked], growth):
             return None
         stay = [i for i in range(len(loop.rows)) if i not in rows]
         new = [v for v in stacked if v not in pick(loop.rows, stay)]
@@ -304,8 +312,6 @@ def _case_large_output_products(s: Any) -> Iterator[Any]:
     yield scan, (s.array(1, 32), s.array(32, 1), s.array(rows, 1), s.array(steps, rows, 1))
 
 
-_SMALL, _LARGE = (0, GROWTH), (GROWTH, _OFFERED_GROWTH)
-
 RULES: tuple[Rule, ...] = (
     Rule(
         "loop-invariant",
@@ -318,7 +324,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "products-before-loop",
         "scan: x[t] W in every step → X W before the loop",
-        Find(("scan",), _find_input_products(_SMALL)),
+        Find(("scan",), _find_input_products(FREELY)),
         replace_loop,
         "reassociate",
         cases=_case_input_products,
@@ -335,7 +341,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "products-after-loop",
         "scan: y[t] = h[t] W in every step → H W after the loop",
-        Find(("scan",), _find_output_products(_SMALL)),
+        Find(("scan",), _find_output_products(FREELY)),
         replace_loop,
         "reassociate",
         cases=_case_output_products,

@@ -150,7 +150,7 @@ def cut(
         operands = [same.get(v, v) for v in node.inputs]
         missing = [v for v in operands if v not in env and not v.node.is_const]
         if missing:
-            stack.extend(missing)
+            stack.extend(reversed(missing))
             continue
         new = builder.copy(node, [read(v) for v in node.inputs])
         for i in range(len(node.avals)):
