@@ -155,7 +155,7 @@ def test_parts_must_be_equal_and_smaller(step: int) -> None:
 
 def test_a_loop_needs_less_memory() -> None:
     kernel = jnp.ones((3, 3, 8, 8))
-    x = jnp.ones((8, 32, 32, 8))
+    x = jnp.ones((32, 32, 32, 8))
 
     def fun(x: jax.Array) -> jax.Array:
         for _ in range(3):
