@@ -14,7 +14,7 @@ from jaxinfer import _jax
 from jaxinfer.arguments import Options, Static, is_stateful, needs_packing, pack, packed, unpacked
 from jaxinfer.call import optimized_call
 from jaxinfer.graph import Graph
-from jaxinfer.pipeline import TUNES, Settings, Tune
+from jaxinfer.pipeline import TUNES, Settings, Tune, registered_rules
 from jaxinfer.program import Form, Program, settle
 from jaxinfer.report.explain import Explanation
 from jaxinfer.report.hlo import HloComparison
@@ -75,7 +75,8 @@ def optimize(
         raise ValueError(f"numerics={numerics!r}: use one of {', '.join(map(repr, TIERS))}")
     if isinstance(tune, bool) or not (tune in TUNES or isinstance(tune, (int, float))):
         raise ValueError(f"tune={tune!r}: use one of {', '.join(map(repr, TUNES))}, or a number of seconds")
-    settings = Settings(numerics, tune, verify, None if rules is None else check_names(rules))
+    # Registered rules are loaded here, where a broken plugin is noticed, and not in the middle of the first call.
+    settings = Settings(numerics, tune, verify, registered_rules() if rules is None else check_names(rules))
     options = Options(
         (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums),
         (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames),
