@@ -154,10 +154,11 @@ def test_parts_must_be_equal_and_smaller(step: int) -> None:
 
 
 def test_a_loop_needs_less_memory() -> None:
-    kernel = jnp.ones((3, 3, 8, 8))
-    x = jnp.ones((32, 32, 32, 8))
+    kernel = normal(3, 3, 32, 32)
+    x = normal(16, 32, 32, 1)
 
     def fun(x: jax.Array) -> jax.Array:
+        x = x * jnp.arange(32.0)
         for _ in range(3):
             x = jnp.tanh(
                 lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
