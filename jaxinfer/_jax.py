@@ -247,11 +247,6 @@ def nested_source(outer: Any, inner: Any) -> Any:
     return inner.replace(name_stack=outer.name_stack + inner.name_stack)
 
 
-def without_names(source: Any) -> Any:
-    """The source of an equation without its name stack, for code that already runs under it."""
-    return None if source is None else source.replace(name_stack=_source.NameStack())
-
-
 def source_line(source: Any) -> str:
     """The user's ``file:line (function)`` that an equation came from, or an empty string."""
     return _source.summarize(source) if source is not None else ""
