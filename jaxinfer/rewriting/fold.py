@@ -16,8 +16,9 @@ import numpy as np
 from jaxinfer import _jax
 from jaxinfer.graph import Graph, GraphBuilder, Node, Value, emit
 
-# A folded array may be this many times larger than what it is computed from, plus a little.
-_GROWTH = 2
+# A folded array may be this many times larger than what it is computed from, plus a little: kernels transformed for
+# Winograd's F(4, 3) grow fourfold in two dimensions and eightfold in three.
+_GROWTH = 8
 _FREE_BYTES = 4096
 
 Evaluate = Callable[[Graph], Sequence[Any]]
