@@ -9,20 +9,21 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer.analysis.cost import flops
 from jaxinfer.analysis.loops import Loop, cut
 from jaxinfer.analysis.products import free_axes, same_product
 from jaxinfer.analysis.structure import is_static
 from jaxinfer.graph import Graph, Node, Value, run, trace_function
 from jaxinfer.rewrites.loop_operands import match_loop, pick, replace_loop
 from jaxinfer.rewrites.parallel_products import one_dot
-from jaxinfer.rewrites.recurrence import FREELY, is_batched, total_bytes, within
+from jaxinfer.rewrites.recurrence import FREELY, is_batched, within
 from jaxinfer.rewriting import Find, Match, Rule
 
 # A loop that is shorter does not pay for joining weights before it.
 _LONG = 4
-# Several steps of a body up to this size are written out: it is small beside what starting a step costs.
+# Several steps of a body up to this size are written out: its work is small beside what starting a step costs.
 _SMALL_BODY = 40
-_SMALL_BYTES = 1 << 16
+_SMALL_WORK = 1 << 14
 
 
 # -- products that are only added up ----------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def _find_unrolled(steps: int) -> Callable[[Graph, Node], Match | None]:
         if body.size > _SMALL_BODY or any(True for n in body.nodes for _ in n.subgraphs):
             return None
         values = [Value(n, i) for n in body.nodes for i in range(len(n.avals))]
-        if not is_static(*values) or total_bytes(values) > _SMALL_BYTES:
+        if not is_static(*values) or sum(map(flops, body.nodes)) > _SMALL_WORK:
             return None
         longer = Loop.of(dataclasses.replace(node, params={**node.params, "unroll": steps}))
 

@@ -19,7 +19,7 @@ from jaxinfer.analysis.structure import again, is_static, rebind, size
 from jaxinfer.graph import Graph, Node, Value
 from jaxinfer.rewriting import Find, Match, Rule, is_float
 
-# A product with a table is kept as a larger table if that has at most this many times the elements of both.
+# A product with a table becomes a table where that takes no more memory than both; it is offered up to this many times.
 _TABLE_GROWTH = 8
 
 
@@ -175,18 +175,25 @@ def _lookup_side(graph: Graph, node: Node) -> int | None:
             continue
         if contract[side] != numbers.offset_dims:
             continue
-        grown = table.shape[0] * size(weights) // max(table.shape[1], 1)
-        if grown <= _TABLE_GROWTH * (size(table) + size(weights)):
-            return side
+        return side
     return None
 
 
-def _find_lookup(graph: Graph, node: Node) -> Match | None:
-    side = _lookup_side(graph, node)
-    if side is None:
-        return None
-    table, places = node.inputs[side].node.inputs
-    return Match(graph, (Value(node, 0),), {"table": table, "places": places, "w": node.inputs[1 - side]})
+def _find_lookup(above: float, limit: float) -> Callable[[Graph, Node], Match | None]:
+    """Finds products of lookups whose table grows by more than ``above`` and at most ``limit``."""
+
+    def find(graph: Graph, node: Node) -> Match | None:
+        side = _lookup_side(graph, node)
+        if side is None:
+            return None
+        table, places = node.inputs[side].node.inputs
+        weights = node.inputs[1 - side]
+        growth = table.shape[0] * size(weights) / max(table.shape[1] * (size(table) + size(weights)), 1)
+        if not above < growth <= limit:
+            return None
+        return Match(graph, (Value(node, 0),), {"table": table, "places": places, "w": weights})
+
+    return find
 
 
 def _multiply_table(m: Match, table: Any, places: Any, w: Any) -> Any:
@@ -253,17 +260,21 @@ def _case_convolutions(s: Any) -> Iterator[Any]:
     yield branches, (s.array(1, 2, 5, 5), s.frozen(3, 2, 3, 3), s.frozen(4, 2, 3, 3))
 
 
-def _case_lookup(s: Any) -> Iterator[Any]:
-    s.floating_only()
-    rows, inner, columns = s.dim(2), s.dim(2), s.dim()
-    numbers = lax.GatherDimensionNumbers(offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0,))
-    places = s.rng.integers(0, rows, (2, 3, 1)).astype("int32")
+def _case_lookup(growth: int) -> Callable[[Any], Iterator[Any]]:
+    def cases(s: Any) -> Iterator[Any]:
+        s.floating_only()
+        inner = s.dim(2)
+        rows, columns = s.dim(2) + 4 * growth * (growth > 1), inner * growth
+        numbers = lax.GatherDimensionNumbers(offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0,))
+        places = s.rng.integers(0, rows, (2, 3, 1)).astype("int32")
 
-    def look_up(e: Any, w: Any, i: Any) -> Any:
-        found = lax.gather(e, i, numbers, (1, inner), mode="clip")
-        return found @ w, lax.dot_general(w, found, (((0,), (2,)), ((), ())))
+        def look_up(e: Any, w: Any, i: Any) -> Any:
+            found = lax.gather(e, i, numbers, (1, inner), mode="clip")
+            return found @ w, lax.dot_general(w, found, (((0,), (2,)), ((), ())))
 
-    yield look_up, (s.frozen(rows, inner), s.frozen(inner, columns), places)
+        yield look_up, (s.frozen(rows, inner), s.frozen(inner, columns), places)
+
+    return cases
 
 
 def _case_moved_lookup(s: Any) -> Iterator[Any]:
@@ -311,10 +322,18 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "product-of-lookup",
         "E[i] W → (E W)[i], E and W known",
-        Find(("dot_general",), _find_lookup),
+        Find(("dot_general",), _find_lookup(0, 1)),
+        _multiply_table,
+        "reassociate",
+        cases=_case_lookup(1),
+    ),
+    Rule(
+        "large-product-of-lookup",
+        "E[i] W → (E W)[i], E and W known, where that takes much memory",
+        Find(("dot_general",), _find_lookup(1, _TABLE_GROWTH)),
         _multiply_table,
         "reassociate",
         kind="offer",
-        cases=_case_lookup,
+        cases=_case_lookup(4),
     ),
 )
