@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import jax
 
+from jaxinfer.analysis.cost import nbytes
 from jaxinfer.graph import Graph, check
 from jaxinfer.rewriting import Rewriter, Rule, RuleError, Tier, evaluate_known, fold, load_rules, within
 from jaxinfer.rewriting.fold import Evaluate
 from jaxinfer.search.cache import default_cache
-from jaxinfer.search.choose import Choice, Policy, choose
+from jaxinfer.search.choose import CACHE_BYTES, Choice, Policy, choose
 from jaxinfer.search.device import default_peaks, environment_key, peaks
 
 Tune = Literal["off", "auto", "full"]
@@ -118,6 +119,7 @@ def improve(
     start = time.perf_counter()
     rewriter = Rewriter(settings.active_rules(platform))
     policy = _policy(settings, rewriter.rules, platform, measure, deadline)
+    policy.cold = sum(nbytes(w.aval) for w in graph.weights) > CACHE_BYTES
     done = Improved(graph)
 
     graph = rewriter.fixpoint(graph)
