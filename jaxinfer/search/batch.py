@@ -17,7 +17,6 @@ _LARGE = 16 << 20
 # Memory that one operation should find in the cache, in bytes.
 _CACHE = 2 << 20
 _LEAST_EXAMPLES = 4
-_STEPS = (1, 2)
 
 
 def batch_variants(original: Graph, improve_one: Callable[[Graph], Graph]) -> list[tuple[str, Graph]]:
@@ -31,16 +30,18 @@ def batch_variants(original: Graph, improve_one: Callable[[Graph], Graph]) -> li
         improve_one: optimizes the program of a part.
 
     Returns:
-        Name and graph of each form, with the inputs and outputs of the original; none where examples meet or a loop
-        cannot pay.
+        Name and graph of each form, the most promising first, with the inputs and outputs of the original; none where
+        examples meet or a loop cannot pay.
     """
     found = batch_axes(original)
     if found is None or found.size < _LEAST_EXAMPLES or not _is_worth_it(original, found.size):
         return []
-    forms = {f"mapped by {step}": [Stage(0, step)] for step in _STEPS if found.size % step == 0}
     stages = choose_stages(original, found.size)
+    steps = (1,) if len(stages) > 1 else (1, 2)
+    forms = {f"mapped by {step}": [Stage(0, step)] for step in steps if found.size % step == 0}
     if len(stages) > 1:
-        forms["mapped in stages of " + ", ".join(str(stage.step) for stage in stages)] = stages
+        name = "mapped in stages of " + ", ".join(str(stage.step) for stage in stages)
+        forms = {name: stages, **forms}
     graphs = {name: map_stages(original, form, improve_one) for name, form in forms.items()}
     return [(name, graph) for name, graph in graphs.items() if graph is not None]
 
