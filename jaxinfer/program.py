@@ -195,7 +195,8 @@ def _forms(program: Program, settings: Settings, measure: bool, deadline: float 
     graph = program.improved.graph
     changed = graph is not program.original and str(graph) != str(program.original)
     forms = [Form("rewritten", graph)] if changed else []
-    if measure and not program.original.has_effects:
+    # Batches in parts and other libraries round otherwise.
+    if measure and not program.original.has_effects and settings.numerics != "bitwise":
 
         def improve_part(part: Graph) -> Graph:
             return improve(part, settings, platform, measure=measure, deadline=deadline).graph
