@@ -212,6 +212,47 @@ def _multiply_table(m: Match, table: Any, places: Any, w: Any) -> Any:
     return rebind(lookup, product, places, dimension_numbers=numbers, slice_sizes=(1, *product.shape[1:]))
 
 
+def _find_lookups(graph: Graph, node: Node) -> Match | None:
+    """Lookups in several known tables at the same places; nothing else uses the tables."""
+
+    def joins(user: Node | None) -> bool:
+        if user is None or user.op != "gather" or user.inputs[1] != places or not is_static(*user.inputs):
+            return False
+        numbers, table = user.params["dimension_numbers"], user.inputs[0]
+        alike = all(user.params[k] == node.params[k] for k in node.params if k not in ("slice_sizes", "fill_value"))
+        # No fill value and NaN are the same, and NaN differs from itself.
+        alike = alike and str(user.params["fill_value"]) == str(node.params["fill_value"])
+        whole = numbers.collapsed_slice_dims == numbers.start_index_map == (0,) and not numbers.operand_batching_dims
+        return (
+            alike
+            and whole
+            and graph.is_known(table)
+            and not graph.is_known(places)
+            and len(table.shape) == 2
+            and user.params["slice_sizes"] == (1, table.shape[1])
+            and (table.shape[0], table.dtype) == (node.inputs[0].shape[0], node.inputs[0].dtype)
+            and len(graph.uses[table]) == 1
+        )
+
+    places = node.inputs[1]
+    if not joins(node):
+        return None
+    found = [u for u in dict.fromkeys(u for u, position in graph.uses[places] if position == 1) if u and joins(u)]
+    if len(found) < 2 or found[0] is not node:
+        return None
+    tables = {f"e{i}": n.inputs[0] for i, n in enumerate(found)}
+    return Match(graph, tuple(Value(n, 0) for n in found), {"places": places, **tables})
+
+
+def _look_up_once(m: Match, places: Any, **tables: Any) -> list[Any]:
+    node = m.roots[0].node
+    (axis,) = node.params["dimension_numbers"].offset_dims
+    joined = lax.concatenate(list(tables.values()), 1)
+    whole = rebind(node, joined, places, slice_sizes=(1, joined.shape[1]))
+    offsets = _offsets([e.shape[1] for e in tables.values()])
+    return [lax.slice_in_dim(whole, start, stop, axis=axis) for start, stop in itertools.pairwise(offsets)]
+
+
 def _find_moved_lookup(graph: Graph, node: Node) -> Match | None:
     """Rows of a table, looked up at many places and then put into another order."""
     (rows,) = node.inputs
@@ -277,6 +318,12 @@ def _case_lookup(growth: int) -> Callable[[Any], Iterator[Any]]:
     return cases
 
 
+def _case_lookups(s: Any) -> Iterator[Any]:
+    rows = s.dim(2)
+    places = s.rng.integers(0, rows, (2, 3)).astype("int32")
+    yield lambda e, f, i: (e[i], f[i] + 1), (s.frozen(rows, s.dim()), s.frozen(rows, s.dim()), places)
+
+
 def _case_moved_lookup(s: Any) -> Iterator[Any]:
     rows, columns = s.dim(2), s.dim()
     places = s.rng.integers(0, rows, (2, 3)).astype("int32")
@@ -318,6 +365,14 @@ RULES: tuple[Rule, ...] = (
         "reassociate",
         kind="offer",
         cases=_case_convolutions,
+    ),
+    Rule(
+        "parallel-lookups",
+        "E[i], F[i], known E and F → [E F][i], taken apart",
+        Find(("gather",), _find_lookups),
+        _look_up_once,
+        "bitwise",
+        cases=_case_lookups,
     ),
     Rule(
         "product-of-lookup",

@@ -78,6 +78,8 @@ def test_greedy_decoder_looks_its_gates_up():
     # State to gates in both loops, and state to logits; letters and phonemes are looked up in tables of gates.
     assert [loop.params["body"].count("dot_general") for loop in loops(after)] == [1, 2]
     assert after.count("dot_general") == 3
+    # One lookup for all gates of a letter or phoneme, and the state where the word ends.
+    assert after.count("gather") == 3
     for have, want in zip(run(after, {}, word), run(before, {}, word), strict=True):
         np.testing.assert_allclose(have, want, atol=1e-5)
 
