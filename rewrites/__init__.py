@@ -9,6 +9,7 @@ from jaxinfer.rewrites import (
     conversions,
     convolution,
     linear_algebra,
+    loop_blocks,
     loop_forms,
     loop_operands,
     movement,
@@ -35,5 +36,6 @@ RULES: tuple[Rule, ...] = (
     *loop_operands.RULES,
     *recurrence.RULES,
     *loop_forms.RULES,
+    *loop_blocks.RULES,
     *convolution.RULES,
 )

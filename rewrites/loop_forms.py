@@ -112,10 +112,10 @@ def _find_gates(side: int) -> Callable[[Graph, Node], Match | None]:
         loop = Loop.of(node)
         if loop.cond is None and (loop.length is None or loop.length < _LONG):
             return None
-        groups = list(_gates(loop, side))
+        groups = [g for g in loop_products(loop, side) if len(g) > 1]
         if not groups:
             return None
-        body = _merged(loop, groups, side)
+        body = in_stages(loop, groups, side, _one_product(side))
 
         def build(read: Callable[[Value], Any]) -> Sequence[Any]:
             first, init, xs = ([read(v) for v in values] for values in (loop.fixed, loop.init, loop.xs))
@@ -127,8 +127,14 @@ def _find_gates(side: int) -> Callable[[Graph, Node], Match | None]:
     return find
 
 
-def _gates(loop: Loop, side: int) -> Iterator[list[Node]]:
-    """Products of one operand that changes with loop constants that are not known: those that can be one product."""
+def loop_products(loop: Loop, side: int, known: bool = False) -> list[list[Node]]:
+    """Products of one operand that changes with loop constants on ``side``, those together that can be one product.
+
+    Args:
+        loop: the loop.
+        side: which operand the constants are.
+        known: whether constants may be known ones. Those that share an operand are joined by other rules.
+    """
     fixed = loop.steps_inputs[0]
     groups: dict[Any, list[Node]] = {}
     for node in loop.body.nodes:
@@ -137,36 +143,50 @@ def _gates(loop: Loop, side: int) -> Iterator[list[Node]]:
         weights, x = node.inputs[side], node.inputs[1 - side]
         if node.params["dimension_numbers"][1][0] or not free_axes(node)[side]:
             continue
-        if weights in fixed and x not in fixed and not loop.body.is_known(x):
+        constant = weights in fixed or (known and loop.body.is_known(weights))
+        if constant and x not in fixed and not loop.body.is_known(x):
             groups.setdefault((x, weights.dtype, node.context), []).append(node)
-    for nodes in groups.values():
-        alike = [n for n in nodes if same_product(nodes[0], n)]
-        if len(alike) > 1:
-            yield alike
+    return [[n for n in nodes if same_product(nodes[0], n)] for nodes in groups.values()]
 
 
-def _merged(loop: Loop, groups: Sequence[Sequence[Node]], side: int) -> Graph:
-    """The body with each group as one product. Joining the weights is the same in every step, so it moves out."""
+Products = Callable[[Sequence[Node], Any, Sequence[Any]], Sequence[Any]]
+
+
+def in_stages(loop: Loop, groups: Sequence[Sequence[Node]], side: int, products: Products) -> Graph:
+    """The body with groups of products done in another way.
+
+    Args:
+        loop: the loop.
+        groups: products that share an operand, as :func:`loop_products` finds them.
+        side: which operand the constants are.
+        products: ``products(nodes, x, constants)`` computes one group. What it does with constants alone is the same
+            in every step, so it moves out of the loop.
+    """
     inputs = [Value(n, 0) for n in loop.body.inputs]
     # Groups in program order: the operand of a later one may depend on an earlier one.
-    products: list[Value] = []
+    found: list[Value] = []
     stages = []
     for nodes in sorted(groups, key=lambda g: loop.body.nodes.index(g[0])):
-        x = nodes[0].inputs[1 - side]
-        values = [Value(n, 0) for n in nodes]
-        stages.append((cut([x], [*inputs, *products]), values, [inputs.index(n.inputs[side]) for n in nodes]))
-        products.extend(values)
-    rest = cut(loop.body.outputs, [*inputs, *products], out_avals=loop.body.out_avals)
+        operands = [nodes[0].inputs[1 - side], *(n.inputs[side] for n in nodes)]
+        stages.append((cut(operands, [*inputs, *found]), nodes))
+        found.extend(Value(n, 0) for n in nodes)
+    rest = cut(loop.body.outputs, [*inputs, *found], out_avals=loop.body.out_avals)
 
     def step(*arrays: Any) -> list[Any]:
         made: list[Any] = []
-        for operand, values, places in stages:
-            (x,) = run(operand, {}, *arrays, *made)
-            weights = {f"w{i}": arrays[place] for i, place in enumerate(places)}
-            made.extend(one_dot(side)(Match(loop.body, tuple(values)), x, **weights))
+        for operands, nodes in stages:
+            x, *constants = run(operands, {}, *arrays, *made)
+            made.extend(products(nodes, x, constants))
         return run(rest, {}, *arrays, *made)
 
     return trace_function(step, *(n.aval for n in loop.body.inputs))
+
+
+def _one_product(side: int) -> Products:
+    def products(nodes: Sequence[Node], x: Any, constants: Sequence[Any]) -> Sequence[Any]:
+        return one_dot(nodes, side, x, constants)
+
+    return products
 
 
 # -- several steps at a time ------------------------------------------------------------------------------------------

@@ -85,39 +85,41 @@ def _find_dots(side: int) -> Callable[[Graph, Node], Match | None]:
     return find
 
 
-def one_dot(side: int) -> Callable[..., Any]:
-    """Many products as one: the weights' free axes are made one axis, joined, and taken apart again in the result.
+def one_dot(nodes: Sequence[Node], side: int, x: Any, weights: Sequence[Any]) -> list[Any]:
+    """Products as one: the weights' free axes are made one axis, joined, and taken apart again in the result.
 
     Args:
+        nodes: products alike of one operand.
         side: which operand the weights are.
-
-    Returns:
-        ``after(m, x, **weights) -> products``, which reads nothing of the match but its roots.
+        x: the operand that they share.
+        weights: the other operand of each.
     """
+    flat, widths = [], []
+    for node, w in zip(nodes, weights):
+        contract, free = node.params["dimension_numbers"][0][side], free_axes(node)[side]
+        width = math.prod(w.shape[i] for i in free)
+        inner = [w.shape[i] for i in contract]
+        order = (*contract, *free) if side else (*free, *contract)
+        flat.append(lax.reshape(lax.transpose(w, order), (*inner, width) if side else (width, *inner)))
+        widths.append(width)
+    first = nodes[0]
+    joined = lax.concatenate(flat, flat[0].ndim - 1 if side else 0)
+    contract = first.params["dimension_numbers"][0]
+    meets = tuple(range(len(contract[side]))) if side else tuple(range(1, joined.ndim))
+    if side:
+        whole = rebind(first, x, joined, dimension_numbers=((contract[0], meets), ((), ())))
+    else:
+        whole = rebind(first, joined, x, dimension_numbers=((meets, contract[1]), ((), ())))
+    axis = whole.ndim - 1 if side else 0
+    return [
+        lax.reshape(lax.slice_in_dim(whole, start, stop, axis=axis), node.aval.shape)
+        for node, (start, stop) in zip(nodes, itertools.pairwise(_offsets(widths)))
+    ]
 
+
+def _join_dots(side: int) -> Callable[..., Any]:
     def after(m: Match, x: Any, **weights: Any) -> list[Any]:
-        nodes = [root.node for root in m.roots]
-        flat, widths = [], []
-        for node, w in zip(nodes, weights.values()):
-            contract, free = node.params["dimension_numbers"][0][side], free_axes(node)[side]
-            width = math.prod(w.shape[i] for i in free)
-            inner = [w.shape[i] for i in contract]
-            order = (*contract, *free) if side else (*free, *contract)
-            flat.append(lax.reshape(lax.transpose(w, order), (*inner, width) if side else (width, *inner)))
-            widths.append(width)
-        first = nodes[0]
-        joined = lax.concatenate(flat, flat[0].ndim - 1 if side else 0)
-        contract = first.params["dimension_numbers"][0]
-        meets = tuple(range(len(contract[side]))) if side else tuple(range(1, joined.ndim))
-        if side:
-            whole = rebind(first, x, joined, dimension_numbers=((contract[0], meets), ((), ())))
-        else:
-            whole = rebind(first, joined, x, dimension_numbers=((meets, contract[1]), ((), ())))
-        axis = whole.ndim - 1 if side else 0
-        return [
-            lax.reshape(lax.slice_in_dim(whole, start, stop, axis=axis), node.aval.shape)
-            for node, (start, stop) in zip(nodes, itertools.pairwise(_offsets(widths)))
-        ]
+        return one_dot([root.node for root in m.roots], side, x, list(weights.values()))
 
     return after
 
@@ -343,7 +345,7 @@ RULES: tuple[Rule, ...] = (
         "parallel-products",
         "x A, x B, known A and B → x [A B], taken apart",
         Find(("dot_general",), _find_dots(1)),
-        one_dot(1),
+        _join_dots(1),
         "reassociate",
         kind="offer",
         cases=_case_right,
@@ -352,7 +354,7 @@ RULES: tuple[Rule, ...] = (
         "parallel-products-left",
         "A x, B x, known A and B → [A; B] x, taken apart",
         Find(("dot_general",), _find_dots(0)),
-        one_dot(0),
+        _join_dots(0),
         "reassociate",
         kind="offer",
         cases=_case_left,
