@@ -16,7 +16,7 @@ from jaxinfer.experiments.task import Request, Row, append, environment, speed_b
 from jaxinfer.models.zoo import load
 from jaxinfer.report import numbers
 from jaxinfer.report.sheet import Cell, Sheet
-from jaxinfer.search.measure import not_slower
+from jaxinfer.search.measure import beside_itself
 
 
 def bench(request: Request) -> list[Row]:
@@ -68,7 +68,7 @@ def measure(model: str, batch: int, tiny: bool, optimize: Mapping[str, Any], sec
 
     original_s, reference = _first_call(original, *known, *live)
     optimized_s, result = _first_call(fast, *live)
-    timing = not_slower(lambda: original(*known, *live), lambda: fast(*live), budget_s=seconds)
+    timing = beside_itself(lambda: original(*known, *live), lambda: fast(*live), budget_s=seconds)
     explained = fast.explain(*live)
     return {
         "task": "bench",

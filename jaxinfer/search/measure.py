@@ -21,6 +21,8 @@ Clock = Callable[[], float]
 
 # One sample lasts at least this long, far above the resolution of the clock and the cost of reading it.
 _SAMPLE_S = 2e-4
+# In steady use, beyond the time after which waiting threads fall asleep and have to be woken.
+_STEADY_S = 2e-2
 _MAX_REPEATS = 1000
 _ERROR = 0.05
 # Eight pairs are the fewest whose extremes bound the median at _ERROR shared between six looks.
@@ -135,6 +137,7 @@ def interleaved(
     budget_s: float,
     min_rounds: int = 3,
     max_rounds: int = _LOOKS[-1],
+    sample_s: float = _SAMPLE_S,
     clock: Clock = time.perf_counter,
 ) -> list[list[float]]:
     """Times callables in turn, waiting for their results, in an order that changes from round to round.
@@ -145,13 +148,14 @@ def interleaved(
         fns: the callables; what they return is waited for with `jax.block_until_ready`.
         budget_s: seconds for everything, first calls included; `min_rounds` are run even beyond it.
         min_rounds, max_rounds: how many samples each callable gets.
+        sample_s: seconds that one sample takes at least, in as many calls as that needs.
         clock: seconds since some moment.
 
     Returns:
         For each callable its samples, in seconds per call; samples of one index belong to one round.
     """
     deadline = clock() + budget_s
-    rounds = _Rounds(fns, clock)
+    rounds = _Rounds(fns, clock, sample_s)
     while rounds.done < max_rounds and (rounds.done < min_rounds or clock() < deadline):
         rounds.run()
     return rounds.samples
@@ -200,6 +204,29 @@ def not_slower(
     return _beside_itself(samples, error)
 
 
+def beside_itself(
+    before: Callable[[], Any],
+    after: Callable[[], Any],
+    *,
+    budget_s: float,
+    clock: Clock = time.perf_counter,
+) -> AgainstItself:
+    """As :func:`not_slower`, for a figure to be quoted: of steady use, and as precise as the budget allows.
+
+    A sample is of calls one after another: a program that uses several threads would else be timed with the threads
+    asleep. Timing goes on when it is settled which is faster.
+
+    Args:
+        before, after: called without arguments; results are waited for.
+        budget_s: seconds, first calls included.
+        clock: seconds since some moment.
+    """
+    samples = interleaved(
+        [before, after, before], budget_s=budget_s, min_rounds=_LOOKS[0], sample_s=_STEADY_S, clock=clock
+    )
+    return _beside_itself(samples, _ERROR)
+
+
 def time_candidates(
     fns: Sequence[Callable[[], Any]], *, budget_s: float, clock: Clock = time.perf_counter
 ) -> list[float]:
@@ -232,12 +259,13 @@ def time_candidates(
 class _Rounds:
     """Callables that have been called once, and their samples so far."""
 
-    def __init__(self, fns: Sequence[Callable[[], Any]], clock: Clock) -> None:
+    def __init__(self, fns: Sequence[Callable[[], Any]], clock: Clock, sample_s: float = _SAMPLE_S) -> None:
         self.samples: list[list[float]] = [[] for _ in fns]
         self.active = list(range(len(fns)))
         self.done = 0
         self._fns = fns
         self._clock = clock
+        self._sample_s = sample_s
         self._repeats = [1] * len(fns)
         for fn in fns:
             jax.block_until_ready(fn())
@@ -260,9 +288,9 @@ class _Rounds:
                 jax.block_until_ready(fn())
             elapsed = clock() - started
             # Half of the wanted length is let pass, so that repeats settle instead of creeping up.
-            if elapsed >= _SAMPLE_S / 2 or repeats == _MAX_REPEATS:
+            if elapsed >= self._sample_s / 2 or repeats == _MAX_REPEATS:
                 return max(elapsed, 1e-12) / repeats
-            wanted = math.ceil(repeats * _SAMPLE_S / max(elapsed, 1e-9))
+            wanted = math.ceil(repeats * self._sample_s / max(elapsed, 1e-9))
             self._repeats[index] = min(max(wanted, 2 * repeats), _MAX_REPEATS)
 
 

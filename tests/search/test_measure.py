@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfer.search.measure import (
     PairedRatio,
+    beside_itself,
     compare,
     interleaved,
     median_bounds,
@@ -190,6 +191,14 @@ def test_not_slower_times_enough_even_without_budget():
     before, after = machine.program("before", 0.5), machine.program("after", 1.0)
     verdict = not_slower(before, after, budget_s=0.0, clock=machine.clock)
     assert verdict.change.rounds == 8 and not verdict.holds
+
+
+def test_a_figure_to_be_quoted_is_timed_for_as_long_as_there_is_time():
+    machine = Machine(noise=0.01)
+    before, after = machine.program("before", 0.02), machine.program("after", 0.01)
+    verdict = beside_itself(before, after, budget_s=3.0, clock=machine.clock)
+    assert verdict.holds and 30 <= verdict.change.rounds <= 60
+    assert verdict.change.low < 0.5 < verdict.change.high < 0.52
 
 
 def test_candidates_that_are_clearly_slower_are_left_off():
