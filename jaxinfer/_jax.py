@@ -100,8 +100,13 @@ def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
 
 
 def close_jaxpr(jaxpr: Any) -> ClosedJaxpr:
-    """An open jaxpr without constants as a closed one; closed ones come back unchanged."""
-    return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
+    """An open jaxpr without constants as a closed one, always the same; closed ones come back unchanged."""
+    return jaxpr if hasattr(jaxpr, "consts") else _closed(jaxpr)
+
+
+@functools.lru_cache(maxsize=1024)
+def _closed(jaxpr: Any) -> ClosedJaxpr:
+    return ClosedJaxpr(jaxpr, ())
 
 
 def make_jaxpr(fun: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> ClosedJaxpr:
