@@ -12,13 +12,13 @@ from jaxinfer.rewriting import Match, Rule, op, var
 
 _NOTES = {
     "pointwise_as_dot": "conv(x, w[1, 1]) → x @ w",
-    "depthwise_as_shifted_sum": "depthwise conv(x, w) → sum of shifted x times w, one term a tap",
+    "depthwise_as_shifted_sum": "depthwise conv(x, w) → sum of shifted x times w, one term a tap; XLA spreads a NaN over channels",
     "few_channels_as_shifted_sum": "conv(x, w), few channels → sum of shifted x times w, one term a tap and channel",
     "im2col_as_dot": "conv(x, w) → columns(x) @ w",
     "shifted_dots": "conv(x, w) → sum of shifted x @ w[tap]",
     "rowwise_dots": "conv(x, w) → sum of row columns(x) @ w[row]",
-    "grouped_as_batched_dot": "grouped conv(x, w) → product batched over groups",
-    "grouped_as_split": "grouped conv(x, w) → one conv a group, concatenated",
+    "grouped_as_batched_dot": "grouped conv(x, w) → product batched over groups; XLA spreads a NaN over them",
+    "grouped_as_split": "grouped conv(x, w) → one conv a group, concatenated; XLA spreads a NaN over them",
     "winograd_2": "conv(x, w[3, 3]) → F(2, 3); a non-finite input spreads over its tile",
     "winograd_4": "conv(x, w[3, 3]) → F(4, 3); a non-finite input spreads over its tile",
 }
@@ -89,7 +89,8 @@ def _rule(form: ConvolutionForm) -> Rule:
         kind="offer",
         when=when,
         cases=_cases(form),
-        finite=form.name.startswith("winograd"),
+        # XLA may compute a grouped convolution as a dense one with zeros between the groups, which spreads a NaN.
+        finite=form.name.startswith(("winograd", "depthwise", "grouped")),
     )
 
 

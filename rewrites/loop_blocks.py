@@ -144,7 +144,7 @@ def _cases(side: int) -> Callable[[Any], Iterator[Any]]:
 
             return lax.scan(step, c, xs)
 
-        yield scan, (u, v, s.array(1, inner), s.array(s.dim(2), 1, width))
+        yield scan, (u, v, s.array(1, inner), s.array(2, 1, width))
 
     return cases
 

@@ -92,7 +92,9 @@ def keeps_its_tier(case: Case) -> tuple[int, float | None]:
     bitwise = case.rule.tier == "bitwise"
     evaluate = _op_by_op(case) if bitwise else _compiled(case)
     ordinary = [case.inputs, *(_varied(rng, case.inputs) for _ in range(_SAMPLES - 1))]
-    small = [_sprinkled(rng, case.inputs, kind) for kind in ("zero", "denormal") for _ in range(2)]
+    # Some processors' own conversion to bfloat16 takes denormals for zeros; whether XLA uses it depends on the program.
+    kinds = ("zero",) if case.sampler.dtype.name == "bfloat16" else ("zero", "denormal")
+    small = [_sprinkled(rng, case.inputs, kind) for kind in kinds for _ in range(2)]
     broken = [] if case.rule.finite else list(_broken(rng, case.inputs))
     special = len(small) + len(broken)
     if bitwise:
