@@ -212,7 +212,7 @@ def _transposed(
         has[:] = [t is not None for t in found]
         return [t for t in found if t is not None]
 
-    graph = trace_function(linear, *avals)
+    graph = trace_function(linear, *avals, keep_custom=True)
     marks = [True] * len(moving) + [False] * (len(primals) + len(outs))
     inputs = [*(zeros_of(primals[i]) for i in moving), *primals, *outs]
     mine = [ct for ct, h in zip(cotangents, has) if h]

@@ -51,7 +51,7 @@ def joint(
 
     cotangents = [a for a, is_live in zip(body.out_avals, live) if is_live]
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cotangents]
-    graph = trace_function(both, *(n.aval for n in body.inputs), *structs)
+    graph = trace_function(both, *(n.aval for n in body.inputs), *structs, keep_custom=True)
     return split(graph, count, len(body.outputs))
 
 

@@ -20,8 +20,9 @@ def trace(
     Args:
         jaxpr: a closed jaxpr.
         known: arrays for some of the arguments, by position; those become constants and are no inputs of the graph.
-        keep_custom: keep ``custom_jvp``/``custom_vjp`` calls as opaque nodes instead of inlining the function they
-            wrap. Inlining is right only for a program that will not be differentiated any more.
+        keep_custom: keep ``custom_jvp``/``custom_vjp`` calls as opaque nodes, and rematerialised ones as nodes that hold
+            a graph, instead of inlining the function they wrap. Inlining is right only for a program that will not be
+            differentiated any more.
         known_inside: constants that a loop is given become constants of its body. JAX itself makes operands of
             whatever a loop closes over, so a program traced again has them outside.
 
@@ -38,9 +39,9 @@ def trace(
     return builder.build(outputs, origin=None if known else jaxpr, out_avals=[v.aval for v in open_.outvars])
 
 
-def trace_function(fun: Callable[..., Any], *avals: Any) -> Graph:
+def trace_function(fun: Callable[..., Any], *avals: Any, keep_custom: bool = False) -> Graph:
     """The graph of a function of flat array arguments that returns a flat sequence of arrays."""
-    return trace(_jax.make_jaxpr(fun, avals))
+    return trace(_jax.make_jaxpr(fun, avals), keep_custom=keep_custom)
 
 
 def splice(
@@ -104,7 +105,7 @@ def _inlined_body(op: str, params: Mapping[str, Any], keep_custom: bool) -> Any:
         return params["jaxpr"] if _jax.is_inlinable_call(dict(params)) else None
     if op == "remat":
         # After differentiation, rematerialisation is what keeps memory down; before it, the call is transparent.
-        return None if params["differentiated"] else params["jaxpr"]
+        return None if params["differentiated"] or keep_custom else params["jaxpr"]
     if op in ("closed_call", "core_call"):
         return params["call_jaxpr"] if "call_jaxpr" in params else params.get("jaxpr")
     if op == "optimized_call":
