@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxinfer.differentiation import elementwise, linear
+from jaxinfer.differentiation import cumulative, elementwise, fft, linear, reductions
 from jaxinfer.differentiation.rules import PullbackRule, TangentRule
 
-_SUBJECTS = (elementwise, linear)
+_SUBJECTS = (cumulative, elementwise, fft, linear, reductions)
 
 TANGENTS: Mapping[str, TangentRule] = {op: rule for subject in _SUBJECTS for op, rule in subject.TANGENTS.items()}
 PULLBACKS: Mapping[str, PullbackRule] = {op: rule for subject in _SUBJECTS for op, rule in subject.PULLBACKS.items()}
