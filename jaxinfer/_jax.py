@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,8 +21,10 @@ from jax._src import source_info_util as _source
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
+from jax._src.interpreters import pxla as _pxla
 from jax._src.lax import lax as _lax
 from jax._src.lax.control_flow import conditionals as _conditionals
+from jax._src.lib import xla_client as _xla
 from jax._src.state.types import AbstractRef, RefEffect
 from jax.extend import core as jex
 from jax.extend.core import primitives as _primitives
@@ -332,6 +335,13 @@ def define_effectful_abstract(primitive: Primitive, rule: Callable[..., tuple[An
     primitive.def_effectful_abstract_eval(rule)  # type: ignore[attr-defined]
 
 
+def one_minus_square(x: Any) -> Any:
+    """1 − x², without cancellation near ±1 where JAX has an operation for it (from 0.12)."""
+    if hasattr(jax.lax, "one_minus_square"):
+        return jax.lax.one_minus_square(x)
+    return jax.lax.sub(jax.numpy.ones((), aval_of(x).dtype), jax.lax.square(x))
+
+
 def tangent_aval(aval: Any) -> Any:
     """The type of tangents of values of a type."""
     return aval.to_tangent_aval()
@@ -373,3 +383,95 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") and hasattr(x, "dtype") else x, tree
     )
+
+
+# -- compiled programs ------------------------------------------------------------------------------------------------
+
+
+def serialize(compiled: jax.stages.Compiled) -> tuple[bytes, list[int]] | None:
+    """The code of a compiled program for another process, and the positions of the arguments that it takes.
+
+    None for a program that is more than its code: one with callbacks, effects, Refs or several devices, or one that
+    calls a library (LAPACK's kernels, for one, are made ready when a program is lowered, which loading leaves out).
+    """
+    unloaded: Any = getattr(compiled._executable, "_unloaded_executable", None)
+    if unloaded is None or len(unloaded.device_list) != 1 or compiled._params.const_args:
+        return None
+    effects = (*unloaded.ordered_effects, *unloaded.unordered_effects)
+    if unloaded.mut or unloaded.host_callbacks or unloaded.keepalive or effects:
+        return None
+    if any(not name.startswith("__") for name in re.findall(r'custom_call_target="([^"]*)"', compiled.as_text() or "")):
+        return None
+    return unloaded.backend.serialize_executable(unloaded.xla_executable), sorted(unloaded.kept_var_idx)
+
+
+class Loaded:
+    """A compiled program of another process.
+
+    Args:
+        name: what profiles call it.
+        code: what :func:`serialize` gave.
+        kept: the positions of the arguments that it takes.
+        operands: the types of all arguments.
+        results: the types of its results.
+        device: where it runs.
+        committed: whether its results are bound to that device, as those of ``jax.jit`` are if an argument is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        code: bytes,
+        kept: Sequence[int],
+        operands: Sequence[Any],
+        results: Sequence[Any],
+        device: jax.Device,
+        committed: bool,
+    ):
+        devices = _xla.DeviceList((device,))
+        there = jax.sharding.SingleDeviceSharding(device)
+        avals = [operands[i] for i in kept]
+        self._executable = _pxla.UnloadedMeshExecutable(
+            xla_executable=device.client.deserialize_executable(code, executable_devices=devices),
+            device_list=devices,
+            backend=device.client,
+            input_avals=avals,
+            input_shardings=[there] * len(avals),
+            output_avals=list(results),
+            output_shardings=[there] * len(results),
+            committed=committed,
+            name=name,
+            unordered_effects=[],
+            ordered_effects=[],
+            keepalive=[],
+            host_callbacks=[],
+            kept_var_idx=set(kept),
+            mut=None,
+            xla_in_layouts=[None] * len(avals),
+            dispatch_in_layouts=[None] * len(avals),
+            xla_out_layouts=[None] * len(results),
+            all_args_info=None,
+            pgle_profiler=None,
+        ).load()
+
+    def __call__(self, *operands: Any) -> list[Any]:
+        """Runs it on flat operands."""
+        return list(self._executable.call(*operands))
+
+    def function(self, calls: Any, out_tree: Any, check: Callable[[Sequence[Any]], None]) -> Callable[..., Any]:
+        """The program as a function that is called as fast as one of ``jax.jit``.
+
+        Args:
+            calls: arguments ``(args, kwargs)`` of the structure that calls have.
+            out_tree: the structure of the results.
+            check: called with the flat arguments of each new kind of call; raises what such a call is to raise.
+        """
+
+        class Checked:
+            @staticmethod
+            def call(*operands: Any) -> Any:
+                check(operands)
+                return self._executable.call(*operands)
+
+        params = jax.stages.Compiled(self._executable, [], calls, out_tree)._params
+        return self._executable.create_cpp_call(params._replace(executable=Checked()))  # type: ignore[arg-type]

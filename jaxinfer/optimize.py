@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,9 +12,10 @@ import jax
 from jaxinfer import _jax
 from jaxinfer.arguments import Options, Static, is_stateful, needs_packing, pack, packed, unpacked
 from jaxinfer.call import optimized_call
+from jaxinfer.compiled import CompiledForm, LoadedRun, OtherSignature, compiled_flat
 from jaxinfer.graph import Graph
 from jaxinfer.pipeline import TUNES, Settings, Tune, registered_rules
-from jaxinfer.program import Form, Program, settle
+from jaxinfer.program import Form, Program, Recalled, settle
 from jaxinfer.report.explain import Explanation
 from jaxinfer.report.hlo import HloComparison
 from jaxinfer.rewriting import Rule, Tier
@@ -96,10 +96,6 @@ def _optimized(fun: Any, settings: Settings, options: Options) -> Optimized:
     return Optimized(fun, settings, options)
 
 
-class _OtherSignature(Exception):
-    """Raised inside a trace: this compiled program is for arguments of another kind."""
-
-
 class Optimized:
     """A function that is optimized for each signature it is called with. Made by :func:`optimize`."""
 
@@ -115,6 +111,7 @@ class Optimized:
         self._fun, self._settings, self._options, self._bound = fun, settings, options, bound
         self._runs: dict[Any, Callable[..., Any]] = {}
         self._programs: dict[Any, Program] = {}
+        self._recalled: dict[Any, Recalled] = {}
         self._out_trees: dict[Any, Any] = {}
         self._traces: dict[Any, tuple[Any, Any]] = {}
         self._hot: Callable[..., Any] | None = None
@@ -128,7 +125,7 @@ class Optimized:
         if hot is not None and not _jax.under_trace() and not _jax.jit_disabled():
             try:
                 return hot(*args, **kwargs)
-            except _OtherSignature:
+            except OtherSignature:
                 pass
         return self._call(args, kwargs)
 
@@ -210,7 +207,7 @@ class Optimized:
         program = self.program(*args, **kwargs)
         _, leaves, _, _ = self._options.signature(args, kwargs)
         rewritten = program.form or Form("rewritten", program.improved.graph)
-        before, after = (_compiled_flat(program, form, leaves) for form in (None, rewritten))
+        before, after = (compiled_flat(program, form, leaves) for form in (None, rewritten))
         return HloComparison.of(before, after, title=program.name)
 
     def program(self, *args: Any, **kwargs: Any) -> Program:
@@ -221,12 +218,12 @@ class Optimized:
         if self._packs(args, kwargs):
             inner, call = self._inner_call(args, kwargs)
             return inner.program(*call)
-        return self._programs[self._settled(args, kwargs)]
+        return self._program(self._settled(args, kwargs))
 
     def _settled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Settles the signature of a call if it is new; where its program is found."""
         signature, leaves, tree, static = self._options.signature(args, kwargs)
-        if signature in self._programs:
+        if signature in self._programs or signature in self._recalled:
             return signature
         key = _Abstract(signature) if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves) else signature
         if key not in self._programs:
@@ -238,6 +235,7 @@ class Optimized:
             inner, call = self._inner_call(args, kwargs)
             return inner._stage(method, call, {})
         run = self._runs[self._settled(args, kwargs)]
+        run = run.jitted if isinstance(run, LoadedRun) else run
         if isinstance(run, functools.partial):
             return getattr(run.func, method)(*run.args, *args, **kwargs)
         return getattr(run, method)(*args, **kwargs)
@@ -297,16 +295,40 @@ class Optimized:
         self._out_trees[signature] = out_tree
         runs: dict[Form | None, Callable[..., Any]] = {}
 
-        def compile_form(program: Program, form: Form | None) -> _Compiled:
+        def compile_form(program: Program, form: Form | None) -> CompiledForm:
             runs[form] = self._runner(signature, program, form, program.weights(form), donates=False)
-            return _Compiled(runs[form], leaves, tree, static)
+            return CompiledForm(runs[form], leaves, tree, static)
 
         known = dict(enumerate(self._known_leaves()))
         operands = leaves if key == signature else None
-        program = settle(self.__name__, jaxpr, known, operands, self._settings, compile_form)
-        run = None if self._options.donate_argnums else runs.get(program.form)
-        self._programs[key] = program
-        self._runs[key] = run or self._runner(signature, program, program.form, program.weights(program.form))
+        donates = bool(self._options.donate_argnums)
+        settled = settle(self.__name__, jaxpr, known, operands, self._settings, compile_form, keep=not donates)
+        if isinstance(settled, Recalled):
+            self._recalled[key] = settled
+            call, jit = (jax.tree.unflatten(tree, leaves), static), functools.partial(self._jitted, key)
+            self._runs[key] = LoadedRun(settled.run, signature, self._options, call, out_tree, jit)
+            return
+        self._programs[key] = settled
+        run = None if donates else runs.get(settled.form)
+        self._runs[key] = run or self._runner(signature, settled, settled.form, settled.weights(settled.form))
+
+    def _program(self, key: Any) -> Program:
+        """A settled program; the graphs of one that was loaded are made now."""
+        recalled = self._recalled.get(key)
+        if recalled is not None:
+            self._programs[key], same = program, _ = recalled.complete()
+            self._recalled.pop(key, None)
+            if not same:
+                self._hot, self._runs[key] = (
+                    None,
+                    self._runner(key, program, program.form, program.weights(program.form)),
+                )
+        return self._programs[key]
+
+    def _jitted(self, key: Any) -> Callable[..., Any]:
+        """The run of a program that was loaded, compiled by this process."""
+        program = self._program(key)
+        return self._runner(key, program, program.form, program.weights(program.form))
 
     def _runner(
         self, signature: Any, program: Program, form: Form | None, weights: list[Any], donates: bool = True
@@ -317,7 +339,7 @@ class Optimized:
         def entry(weights: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             other, operands, _, _ = options.signature(args, kwargs)
             if other != signature:
-                raise _OtherSignature
+                raise OtherSignature
             return jax.tree.unflatten(out_tree, flat(weights, *operands))
 
         compiler = form.options if form else {}
@@ -333,42 +355,6 @@ class _Abstract:
     """The key of a program settled for types without values; calls with values settle anew."""
 
     signature: Any
-
-
-class _Compiled:
-    """A form compiled for one kind of call, to be run on flat operands."""
-
-    def __init__(self, run: Callable[..., Any], leaves: Sequence[Any], tree: Any, static: Any):
-        bound = isinstance(run, functools.partial)
-        self._run = run.func if isinstance(run, functools.partial) else run
-        self.weights: list[Any] = run.args[0] if isinstance(run, functools.partial) else []
-        self._leading, self._tree, self._static = bound, tree, static
-        start = time.perf_counter()
-        args, kwargs = self._call(leaves, self.weights)
-        compiled = self._run.lower(*args, **kwargs).compile()  # type: ignore[attr-defined]
-        self.compile_seconds = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        self.temporary_bytes: int | None = None if memory is None else memory.temp_size_in_bytes
-        self.peak_bytes: int | None = None if memory is None else _peak(memory)
-
-    def _call(self, operands: Sequence[Any], weights: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
-        args, kwargs = Options.join(jax.tree.unflatten(self._tree, operands), self._static)
-        return ([list(weights), *args] if self._leading else args), kwargs
-
-    def __call__(self, operands: Sequence[Any], weights: Sequence[Any] | None = None) -> list[Any]:
-        args, kwargs = self._call(operands, self.weights if weights is None else weights)
-        return jax.tree.leaves(self._run(*args, **kwargs))
-
-
-def _peak(memory: Any) -> int:
-    """Bytes a compiled program holds while it runs: arguments, results and what it needs in between."""
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return held - memory.alias_size_in_bytes
-
-
-def _compiled_flat(program: Program, form: Form | None, leaves: Sequence[Any]) -> Any:
-    jitted = jax.jit(program.flat(form), compiler_options=dict(form.options) if form else None)
-    return jitted.lower(program.weights(form), *leaves).compile()
 
 
 class Frozen(Optimized):
@@ -391,7 +377,9 @@ class Frozen(Optimized):
         if self._inner is not None:
             self._inner.release_original()  # type: ignore[attr-defined]
             self._bound = _jax.shapes_of(self._bound)
-        elif self._programs and all(p.optimized for p in self._programs.values()):
+            return
+        self._complete()
+        if self._programs and all(p.optimized for p in self._programs.values()):
             for program in self._programs.values():
                 program.release_original()
             self._traces.clear()
@@ -404,9 +392,25 @@ class Frozen(Optimized):
             self._runs[signature] = self._runner(signature, program, program.form, self._weights[signature])
             return
         super()._settle(signature, leaves, tree, static, key)
+        if key == signature and key in self._programs:
+            self._hold_weights(key)
+
+    def _hold_weights(self, key: Any) -> None:
         program = self._programs[key]
-        if program.optimized and key == signature:
-            self._weights[signature] = program.weights(program.form)
+        if program.optimized:
+            self._weights[key] = program.weights(program.form)
+
+    def _program(self, key: Any) -> Program:
+        loaded = key in self._recalled
+        program = super()._program(key)
+        if loaded:
+            self._hold_weights(key)
+        return program
+
+    def _complete(self) -> None:
+        """Makes the graphs of all programs that were loaded."""
+        for key in list(self._recalled):
+            self._program(key)
 
     def _binds_arguments(self) -> bool:
         return False
@@ -442,6 +446,7 @@ class Frozen(Optimized):
 
     def _call_in_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         signature, leaves, _, _ = self._options.signature(args, kwargs)
+        self._complete()
         if signature not in self._weights:
             return super()._call_in_trace(args, kwargs)
         program, weights = self._programs[signature], self._weights[signature]
@@ -484,6 +489,7 @@ class Frozen(Optimized):
         if self._inner is not None:
             leaves, aux = self._inner._flatten()  # type: ignore[attr-defined]
             return leaves, _Structure(self, aux)
+        self._complete()
         if self._weights:
             return list(self._weights.values()), _Structure(self, tuple(self._weights))
         return [self._bound], _Structure(self, None)

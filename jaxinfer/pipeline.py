@@ -20,7 +20,7 @@ from jaxinfer.analysis.cost import nbytes
 from jaxinfer.graph import Graph, check
 from jaxinfer.rewriting import Rewriter, Rule, RuleError, Tier, evaluate_known, fold, load_rules, within
 from jaxinfer.rewriting.fold import Evaluate
-from jaxinfer.search.cache import default_cache
+from jaxinfer.search.cache import Store, default_cache
 from jaxinfer.search.choose import CACHE_BYTES, Choice, Policy, choose
 from jaxinfer.search.device import default_peaks, environment_key, peaks
 
@@ -102,6 +102,7 @@ def improve(
     measure: bool,
     deadline: float | None = None,
     evaluate: Evaluate = evaluate_known,
+    cache: Store | None = None,
 ) -> Improved:
     """Rewrites a program.
 
@@ -112,13 +113,14 @@ def improve(
         measure: whether anything may be run. If not, earlier measurements are used, else the analytic model.
         deadline: ``time.perf_counter()`` value after which nothing is measured any more.
         evaluate: computes folded values; by default on the device.
+        cache: where measurements are kept; by default the user's.
 
     Raises:
         RuleError: if a rule gives a value of the wrong type or the rules never come to an end.
     """
     start = time.perf_counter()
     rewriter = Rewriter(settings.active_rules(platform))
-    policy = _policy(settings, rewriter.rules, platform, measure, deadline)
+    policy = _policy(settings, rewriter.rules, platform, measure, deadline, cache)
     policy.cold = sum(nbytes(w.aval) for w in graph.weights) > CACHE_BYTES
     done = Improved(graph)
 
@@ -152,18 +154,24 @@ def _latest(old: list[Choice], new: list[Choice]) -> list[Choice]:
 
 
 def _policy(
-    settings: Settings, rules: tuple[Rule, ...], platform: str, measure: bool, deadline: float | None
+    settings: Settings,
+    rules: tuple[Rule, ...],
+    platform: str,
+    measure: bool,
+    deadline: float | None,
+    cache: Store | None,
 ) -> Policy:
     kind = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     if settings.tune == "off" or kind != jax.default_backend() or jax.process_count() > 1:
         # Deterministic, or for a device that is not here: nothing measured may enter. Several processes must compile
         # the same program, and each would measure something else.
         return Policy(kind, default_peaks(kind))
+    cache = default_cache() if cache is None else cache
     return Policy(
         kind,
-        peaks(measure=measure),
+        peaks(measure=measure, cache=cache),
         environment_key(rules_digest(rules)),
-        default_cache(),
+        cache,
         deadline if measure else None,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,18 +11,17 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxinfer import _jax
+from jaxinfer import _jax, ready
 from jaxinfer.analysis.cost import nbytes
 from jaxinfer.graph import Graph, GraphBuilder, Value, emit, is_inline, trace
-from jaxinfer.pipeline import Improved, RuleError, Settings, improve, platform_now, rules_digest
+from jaxinfer.pipeline import Improved, RuleError, Settings, improve, platform_now
 from jaxinfer.search.batch import batch_variants
-from jaxinfer.search.cache import default_cache, key
-from jaxinfer.search.device import environment_key
+from jaxinfer.search.cache import default_cache
 from jaxinfer.search.measure import PairedRatio, compare, time_candidates
 from jaxinfer.search.options import compiler_options
 from jaxinfer.search.verify import Agreement, agree, guilty, nudge, split_at_decisions
+from jaxinfer.verdict import Verdict
 
 # Seconds for timing the whole program, out of the tuning budget.
 _GATE_SECONDS = 4.0
@@ -115,9 +114,23 @@ class Program:
         self.original = _without_values(self.original)
 
 
+@dataclass
+class Recalled:
+    """What an earlier process settled, loaded and ready to run.
+
+    Attributes:
+        run: the loaded program with its weights.
+        complete: makes the program that belongs to it, and tells whether that has come out the same.
+    """
+
+    run: ready.Ready
+    complete: Callable[[], tuple[Program, bool]]
+
+
 class Runnable(Protocol):
     """A form compiled for the arguments of the first call."""
 
+    compiled: jax.stages.Compiled
     compile_seconds: float
     temporary_bytes: int | None
     peak_bytes: int | None
@@ -137,7 +150,8 @@ def settle(
     operands: Sequence[Any] | None,
     settings: Settings,
     compile_form: Compile,
-) -> Program:
+    keep: bool = True,
+) -> Program | Recalled:
     """Optimizes a program for one signature.
 
     Args:
@@ -146,11 +160,12 @@ def settle(
         known: frozen arguments by position.
         operands: the other arguments, concrete; None where they are abstract, so that nothing can be run.
         settings: how.
-        compile_form: compiles a form of the program; what it compiles is what will run.
+        compile_form: compiles a form of the program.
+        keep: whether what it compiles is what will run, so that later processes may run it too.
 
     Returns:
         The program to run. It is the original where rewriting changes nothing, fails, gives other results or is not
-        faster; ``reason`` says which.
+        faster; ``reason`` says which. Where an earlier process kept one, that is loaded and nothing is rewritten.
     """
     original = trace(jaxpr, known)
     program = Program(name, jaxpr, known, original, Improved(original))
@@ -159,17 +174,22 @@ def settle(
         return program
     single = jax.process_count() == 1
     measure = operands is not None and single and settings.tune != "off"
-    verdict = _Verdict(program, settings) if operands is not None and single else None
+    verdict = Verdict.of(original, settings) if operands is not None and single else None
     stored = verdict.load() if verdict else None
     if stored is not None and stored["form"] is None:
         _recall(program, stored, None)
         return program
+    if stored is not None and keep and (run := _load(program, verdict, stored, operands)) is not None:
+        return Recalled(run, functools.partial(_complete, program, stored, settings, run))
     deadline = time.perf_counter() + settings.seconds if measure else None
-    forms = _forms(program, settings, measure, deadline)
-    recalled = next((f for f in forms if stored and (f.name, f.graph.fingerprint) == stored["form"]), None)
+    record = ready.Record(default_cache())
+    forms = _forms(program, settings, measure, deadline, record)
+    recalled = _find(forms, stored)
+    after: Runnable | None = None
     if recalled is not None:
         assert stored is not None
         _recall(program, stored, recalled)
+        after = compile_form(program, recalled) if keep else None
     elif not forms:
         pass
     elif operands is None or original.has_effects:
@@ -177,17 +197,55 @@ def settle(
         why = "nothing was run" if operands is None else "a program with effects never runs twice"
         program.reason = f"rewritten; {why}, so it is neither verified nor timed"
     else:
-        _judge(program, forms, [_copy(x) for x in operands], settings, measure, deadline, compile_form)
+        after = _judge(program, forms, [_copy(x) for x in operands], settings, measure, deadline, compile_form)
+        stored = _stored(program)
         if verdict and settings.verify and measure:
-            verdict.save()
+            verdict.save(stored)
+    if verdict and keep and after is not None:
+        assert stored is not None and operands is not None
+        ready.save(verdict.name, stored["form"], original, operands, after.weights, after.compiled, record)
     return program
 
 
-def _forms(program: Program, settings: Settings, measure: bool, deadline: float | None) -> list[Form]:
+def _load(
+    program: Program, verdict: Verdict | None, stored: Mapping[str, Any], operands: Sequence[Any] | None
+) -> ready.Ready | None:
+    assert verdict is not None and operands is not None
+    return ready.load(verdict.name, stored["form"], program.name, program.original, operands)
+
+
+def _complete(
+    program: Program, stored: Mapping[str, Any], settings: Settings, run: ready.Ready
+) -> tuple[Program, bool]:
+    """Makes the graphs of a loaded program, from what was looked up when it was settled."""
+    forms = _forms(program, settings, True, 0.0, run.replay())
+    form = _find(forms, stored)
+    if form is not None:
+        _recall(program, stored, form)
+    elif forms:
+        # Rules that do not always do the same.
+        program.form = forms[0]
+        program.reason = "rewritten anew, and otherwise than before; this form is neither verified nor timed"
+    return program, form is not None
+
+
+def _find(forms: Sequence[Form], stored: Mapping[str, Any] | None) -> Form | None:
+    return next((f for f in forms if stored and (f.name, f.graph.fingerprint) == stored["form"]), None)
+
+
+def _forms(
+    program: Program, settings: Settings, measure: bool, deadline: float | None, record: ready.Record | ready.Replay
+) -> list[Form]:
     """What could run in the place of the original, the plainly rewritten program first; fills in ``improved``."""
     platform = platform_now()
+
+    def improved(graph: Graph) -> Improved:
+        return improve(
+            graph, settings, platform, measure=measure, deadline=deadline, evaluate=record.evaluate, cache=record
+        )
+
     try:
-        program.improved = improve(program.original, settings, platform, measure=measure, deadline=deadline)
+        program.improved = improved(program.original)
     except RuleError as error:
         warnings.warn(f"{program.name} runs as written: {error}", VerificationWarning, stacklevel=2)
         program.reason = f"rewriting failed: {error}"
@@ -197,12 +255,9 @@ def _forms(program: Program, settings: Settings, measure: bool, deadline: float 
     forms = [Form("rewritten", graph)] if changed else []
     # Batches in parts and other libraries round otherwise.
     if measure and not program.original.has_effects and settings.numerics != "bitwise":
-
-        def improve_part(part: Graph) -> Graph:
-            return improve(part, settings, platform, measure=measure, deadline=deadline).graph
-
         whole = ("rewritten" if changed else "as written", graph)
-        parts = [(f"rewritten, {name}", g) for name, g in batch_variants(program.original, improve_part)]
+        variants = batch_variants(program.original, lambda part: improved(part).graph)
+        parts = [(f"rewritten, {name}", g) for name, g in variants]
         for name, form in parts:
             forms.append(Form(name, form))
         for words, options in compiler_options(platform):
@@ -220,11 +275,15 @@ def _judge(
     measure: bool,
     deadline: float | None,
     compile_form: Compile,
-) -> None:
-    """Verifies the forms and times them against the original on the operands of the first call."""
+) -> Runnable | None:
+    """Verifies the forms and times them against the original on the operands of the first call.
+
+    Returns:
+        The form that won; None where it is the original or nothing was compiled.
+    """
     program.form, program.reason = forms[0], forms[0].name
     if not settings.verify and not measure:
-        return
+        return None
     before = compile_form(program, None)
     right: dict[Form, Runnable] = {}
     heavy: list[str] = []
@@ -247,7 +306,7 @@ def _judge(
                 program.agreement, program.verified = agreement, "now"
             if form is forms[0] and not agreement.passed:
                 _reject(program, operands, settings, reference, moved)
-                return
+                return None
             if not agreement.passed:
                 continue
         right[form] = after
@@ -259,7 +318,9 @@ def _judge(
         program.reason = "rewritten and verified; not timed, as asked"
     else:
         _time(program, before, right, operands)
-    _record(program, before, right.get(program.form) if program.form else None)
+    winner = right.get(program.form) if program.form else None
+    _record(program, before, winner)
+    return winner
 
 
 def _needs_too_much(before: Runnable, after: Runnable) -> bool:
@@ -346,37 +407,15 @@ def _reject(
 # -- verdicts of earlier processes ------------------------------------------------------------------------------------
 
 
-class _Verdict:
-    """What an earlier process found out about the same program with the same weights on this machine."""
-
-    def __init__(self, program: Program, settings: Settings):
-        self.program = program
-        fingerprint = program.original.fingerprint
-        self.name = None
-        if fingerprint is not None and settings.tune not in ("off", "full"):
-            environment = environment_key(rules_digest(settings.active_rules(platform_now())))
-            contents = _digest(w.value for w in program.original.weights)
-            self.name = key("program", environment, fingerprint, contents, settings.numerics, settings.verify)
-
-    def load(self) -> dict[str, Any] | None:
-        stored = default_cache().get(self.name) if self.name else None
-        if not isinstance(stored, dict) or not {"form", "reason"} <= set(stored):
-            return None
-        return {**stored, "form": stored["form"] and tuple(stored["form"])}
-
-    def save(self) -> None:
-        if self.name is None:
-            return
-        p = self.program
-        default_cache().put(
-            self.name,
-            {
-                "form": None if p.form is None else (p.form.name, p.form.graph.fingerprint),
-                "reason": p.reason,
-                "agreement": None if p.agreement is None else vars(p.agreement),
-                "ratio": None if p.ratio is None else {k: getattr(p.ratio, k) for k in PairedRatio.__slots__},
-            },
-        )
+def _stored(program: Program) -> dict[str, Any]:
+    """What is kept of a settled program; :func:`_recall` reads it."""
+    form, ratio = program.form, program.ratio
+    return {
+        "form": None if form is None else (form.name, form.graph.fingerprint),
+        "reason": program.reason,
+        "agreement": None if program.agreement is None else vars(program.agreement),
+        "ratio": None if ratio is None else {k: getattr(ratio, k) for k in PairedRatio.__slots__},
+    }
 
 
 def _recall(program: Program, stored: Mapping[str, Any], form: Form | None) -> None:
@@ -387,15 +426,6 @@ def _recall(program: Program, stored: Mapping[str, Any], form: Form | None) -> N
         program.verified = "earlier"
     if stored.get("ratio"):
         program.ratio = PairedRatio(**stored["ratio"])
-
-
-def _digest(arrays: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        data = jax.random.key_data(array) if _jax.is_extended(array.dtype) else array
-        digest.update(f"{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(np.asarray(data)).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _copy(x: Any) -> Any:

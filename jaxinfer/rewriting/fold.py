@@ -42,9 +42,18 @@ def fold(graph: Graph, evaluate: Evaluate | None = None) -> Graph:
 
 
 def evaluate_known(known: Graph) -> Sequence[Any]:
-    """Computes a graph that has no inputs, once: little time goes into compiling it well."""
+    """Computes a graph that has no inputs."""
+    weights = [w.value for w in known.weights]
+    return compile_known(known)(weights)
+
+
+def compile_known(known: Graph) -> jax.stages.Compiled:
+    """A graph that has no inputs as a compiled function of the list of its weights.
+
+    It runs once, so little time goes into compiling it well.
+    """
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(emit(known), compiler_options=options)([w.value for w in known.weights])
+    return jax.jit(emit(known), compiler_options=options).lower([w.value for w in known.weights]).compile()
 
 
 def nbytes(aval: Any) -> int:

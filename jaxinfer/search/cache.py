@@ -20,7 +20,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 if sys.platform == "win32":
     import msvcrt
@@ -55,6 +55,16 @@ class CacheWarning(UserWarning):
 
 class _NewerSchema(Exception):
     """The file was written by a later release, which still wants it."""
+
+
+class Store(Protocol):
+    """What the search needs of a cache."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value under a key, or the default."""
+
+    def put(self, key: str, value: Any) -> None:
+        """Stores a value under a key."""
 
 
 class Cache:

@@ -21,7 +21,7 @@ from jaxinfer import _jax
 from jaxinfer.analysis.cost import nbytes, seconds
 from jaxinfer.graph import Graph, GraphBuilder, Node, Value, emit, splice
 from jaxinfer.rewriting import Replacement, fold
-from jaxinfer.search.cache import Cache, key
+from jaxinfer.search.cache import Store, key
 from jaxinfer.search.device import Peaks
 from jaxinfer.search.measure import time_candidates
 
@@ -78,7 +78,7 @@ class Policy:
     platform: str
     peaks: Peaks
     environment: str = ""
-    cache: Cache | None = None
+    cache: Store | None = None
     deadline: float | None = None
     cold: bool = False
 

@@ -18,7 +18,7 @@ import jaxlib
 import numpy as np
 from jax import lax
 
-from jaxinfer.search.cache import Cache, default_cache, key
+from jaxinfer.search.cache import Store, default_cache, key
 from jaxinfer.search.measure import Clock, interleaved
 
 
@@ -65,7 +65,7 @@ def default_peaks(platform: str) -> Peaks:
     return _DEFAULTS.get(platform, _DEFAULTS["gpu"])
 
 
-def peaks(device: jax.Device | None = None, *, measure: bool, cache: Cache | None = None) -> Peaks:
+def peaks(device: jax.Device | None = None, *, measure: bool, cache: Store | None = None) -> Peaks:
     """The peak rates of a device: those measured earlier, else measured now, else `default_peaks`.
 
     With `tune="off"` call `default_peaks` instead: what was measured differs between machines and days.
