@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.rules import FLAT
+from jaxinfer.differentiation.rules import is_flat
 from jaxinfer.graph import Domain, Graph, Node, Value, interpret
 
 
@@ -18,7 +18,7 @@ class Activity(Domain[bool]):
 
     def default(self, node: Node, *inputs: bool) -> Sequence[bool]:
         """A result is active when an operand is and the result has derivatives at all."""
-        moves = any(inputs) and node.op not in FLAT
+        moves = any(inputs) and not is_flat(node)
         return [moves and _jax.has_tangent(aval) for aval in node.avals]
 
     def join(self, a: bool, b: bool) -> bool:

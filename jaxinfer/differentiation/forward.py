@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxinfer import _jax
 from jaxinfer.differentiation.activity import active_outputs
-from jaxinfer.differentiation.rules import FLAT, filled
+from jaxinfer.differentiation.rules import filled, is_flat
 from jaxinfer.differentiation.tables import TANGENTS
 from jaxinfer.graph import Domain, Graph, Node, interpret
 from jaxinfer.graph.emit import Emit
@@ -43,7 +43,7 @@ class Forward(Domain[Dual]):
     def default(self, node: Node, *inputs: Dual) -> Sequence[Dual]:
         """By the table, else by JAX's own rule."""
         primals, tangents = [d.primal for d in inputs], [d.tangent for d in inputs]
-        if node.op in FLAT or all(t is None for t in tangents) or not any(map(_jax.has_tangent, node.avals)):
+        if is_flat(node) or all(t is None for t in tangents) or not any(map(_jax.has_tangent, node.avals)):
             return [Dual(x) for x in self._plain(node, primals)]
         with _jax.at_source(node.source, node.context):
             rule = TANGENTS.get(node.op)

@@ -14,7 +14,7 @@ from jaxinfer import _jax
 from jaxinfer.differentiation.activity import useful_values
 from jaxinfer.differentiation.forward import interpret_node
 from jaxinfer.differentiation.reverse_control import cond, refuse_while, scan
-from jaxinfer.differentiation.rules import FLAT, add, zeros_of
+from jaxinfer.differentiation.rules import add, is_flat, zeros_of
 from jaxinfer.differentiation.tables import PULLBACKS, TANGENTS
 from jaxinfer.graph import Domain, Graph, Node, Value, interpret, trace_function
 from jaxinfer.graph.emit import Emit
@@ -98,7 +98,7 @@ class Reverse(Domain[Traced]):
     def is_recorded(self, node: Node, inputs: Sequence[Traced]) -> bool:
         """Whether a cotangent can come to an operation and go on from it."""
         return (
-            node.op not in FLAT
+            not is_flat(node)
             and any(x.active for x in inputs)
             and any(_jax.has_tangent(a) and Value(node, i) in self.useful for i, a in enumerate(node.avals))
         )

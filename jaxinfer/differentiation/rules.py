@@ -6,10 +6,10 @@ follow JAX: transposes are those of linear maps, without conjugation.
 
 A table of rules has two parts, and an operation needs one entry in either:
 
-* ``TANGENTS``: ``rule(node, primals, outs, tangents) -> tangents of outs``. What it does must be linear in the tangents,
-  of which at least one is not None.
-* ``PULLBACKS``: ``rule(node, primals, outs, active, cotangents) -> cotangents of primals``. ``active`` says which operands
-  are asked for; entries for others are ignored. At least one cotangent is not None.
+* ``TANGENTS``: ``rule(node, primals, outs, tangents) -> tangents of outs``. What it does must be linear in the
+  tangents, of which at least one is not None.
+* ``PULLBACKS``: ``rule(node, primals, outs, active, cotangents) -> cotangents of primals``. ``active`` says which
+  operands are asked for; entries for others are ignored. At least one cotangent is not None.
 
 Reverse mode transposes the tangent rule where an operation has no pullback of its own; forward mode needs the tangent
 rule. Both are plain JAX code, called at the user's source line. Reference: Griewank and Walther, *Evaluating
@@ -32,10 +32,15 @@ PullbackRule = Callable[[Node, Sequence[Any], Sequence[Any], Sequence[bool], Seq
 
 # Results of these do not change when their operands change a little.
 FLAT = frozenset(
-    "and argmax argmin ceil clz eq floor ge gt iota is_finite le lt ne nextafter not or population_count reduce_and "
-    "reduce_or reduce_xor rng_uniform round shift_left shift_right_arithmetic shift_right_logical sign stop_gradient "
-    "xor".split()
+    "and argmax argmin bitcast_convert_type ceil clz eq floor ge gt iota is_finite le lt mulhi ne not or "
+    "population_count reduce_and reduce_or reduce_xor rng_uniform round shift_left shift_right_arithmetic "
+    "shift_right_logical sign stop_gradient xor".split()
 )
+
+
+def is_flat(node: Node) -> bool:
+    """Whether an operation has derivatives of zero everywhere; the direction of a complex number, its sign, has not."""
+    return node.op in FLAT and not (node.op == "sign" and jnp.issubdtype(node.aval.dtype, jnp.complexfloating))
 
 
 def zeros_of(value: Any) -> Any:
