@@ -78,6 +78,8 @@ def write(
         return
     head = json.dumps([[len(blob) for blob in blobs], description]).encode()
     packed = zlib.compress(b"".join([head, b"\n", *blobs]), 1)
+    if len(packed) > limit:
+        return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, draft = tempfile.mkstemp(dir=path.parent)
