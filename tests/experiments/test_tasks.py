@@ -84,8 +84,11 @@ def test_overhead_of_calls_and_sizes():
 
 @pytest.mark.slow
 def test_overhead_task(tmp_path):
-    rows = overhead.overhead(request_for(tmp_path, models={"mlp": 1}), leaves=2, equations=[22], compiled=[22])
+    request = request_for(tmp_path, models={"mlp": 1})
+    rows = overhead.overhead(request, leaves=2, equations=[22], compiled=[22], processes=2)
     assert [row["what"] for row in rows] == ["per call", "per equation", "first call"]
+    assert len(rows[-1]["rounds"]) == rows[-1]["processes"] == 2
+    assert rows[-1]["warm_s"] == sum(r["warm_s"] for r in rows[-1]["rounds"]) / 2
     assert written(tmp_path) == rows
 
 
