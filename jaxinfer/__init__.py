@@ -4,6 +4,35 @@
 """
 
 from jaxinfer import autoinfer
-from jaxinfer.autoinfer import Frozen, Optimized, Rule, RuleError, VerificationWarning, optimize
+from jaxinfer.autoinfer import (
+    Frozen,
+    Optimized,
+    Rule,
+    RuleError,
+    VerificationWarning,
+    grad,
+    hessian,
+    hvp,
+    jacobian,
+    jvp,
+    optimize,
+    value_and_grad,
+    vjp,
+)
 
-__all__ = ["Frozen", "Optimized", "Rule", "RuleError", "VerificationWarning", "autoinfer", "optimize"]
+__all__ = [
+    "Frozen",
+    "Optimized",
+    "Rule",
+    "RuleError",
+    "VerificationWarning",
+    "autoinfer",
+    "grad",
+    "hessian",
+    "hvp",
+    "jacobian",
+    "jvp",
+    "optimize",
+    "value_and_grad",
+    "vjp",
+]

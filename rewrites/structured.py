@@ -65,7 +65,7 @@ def _is_identity(value: Value) -> bool:
 
 def _diagonal_side(graph: Graph, node: Node, accepts: Callable[[Value], bool]) -> int | None:
     """Which operand of a product is a diagonal matrix."""
-    if not is_matrix_product(node) or node in graph.known:
+    if not is_matrix_product(node):
         return None
     return next((side for side, v in enumerate(node.inputs) if len(v.shape) == 2 and accepts(v)), None)
 
@@ -210,7 +210,29 @@ def _case_detour(s: Any) -> Iterator[Any]:
     yield lambda x, w, a, b: b.T @ (a.T @ x.T) - w.T @ x.T, (x, w, a, b)
 
 
+def _find_scalar(graph: Graph, node: Node) -> Match | None:
+    """A product with a number: nothing is contracted, nothing summed."""
+    a, b = node.inputs
+    if () not in (a.shape, b.shape) or a.dtype != b.dtype or node.aval.dtype != a.dtype or not is_static(a, b):
+        return None
+    return Match(graph, (Value(node, 0),), {"a": a, "b": b})
+
+
+def _case_scalar(s: Any) -> Iterator[Any]:
+    numbers = (((), ()), ((), ()))
+    yield lambda a, b: lax.dot_general(a, b, numbers), (s.array(), s.array(s.dim(), s.dim()))
+    yield lambda a, b: lax.dot_general(b, a, numbers), (s.array(), s.array(s.dim()))
+
+
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "product-with-number",
+        "a B as a matrix product, a a number → a · B",
+        Find(("dot_general",), _find_scalar),
+        lambda m, a, b: jnp.multiply(a, b),
+        "reassociate",
+        cases=_case_scalar,
+    ),
     Rule(
         "product-with-identity",
         "I A → A",

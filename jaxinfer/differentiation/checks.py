@@ -27,8 +27,8 @@ def check_argnums(argnums: int | Sequence[int], count: int, name: str) -> tuple[
             raise TypeError(f"argnums must be an integer or several, not {argnums!r}")
         if not -count <= i < count:
             raise ValueError(
-                f"{name} differentiates with respect to positional argument {i}, but was called with {count} positional "
-                "arguments: give it by position, or change argnums"
+                f"{name} differentiates with respect to positional argument {i}, but was called with {count} of them: "
+                "give it by position, or change argnums"
             )
     return tuple(i % count for i in chosen)
 
@@ -65,14 +65,14 @@ def check_scalar(traced: Traced, holomorphic: bool) -> None:
     Raises:
         TypeError: if it is no scalar of a type that has a gradient.
     """
-    avals = traced.graph.out_avals[: traced.outputs]
-    if len(avals) != 1 or traced.out_tree != jax.tree.structure(0):
+    avals, scalar = traced.graph.out_avals[: traced.outputs], jax.tree.structure(0)
+    if len(avals) != 1 or not traced.out_tree == scalar:
         raise TypeError(f"gradients are defined for scalar-output functions only; the output had {traced.out_tree}")
     (aval,) = avals
     if aval.shape != ():
         raise TypeError(
-            f"gradients are defined for scalar-output functions only; the output had shape {aval.shape}. Sum it, or use "
-            "autoinfer.jacobian"
+            f"gradients are defined for scalar-output functions only; the output had shape {aval.shape}. Sum it, or "
+            "use autoinfer.jacobian"
         )
     wanted = jnp.complexfloating if holomorphic else jnp.floating
     if not jnp.issubdtype(aval.dtype, wanted):
@@ -86,6 +86,7 @@ def check_tangents(primals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]
     Raises:
         TypeError: if structure, shape or dtype differ.
     """
+    tree: Any
     leaves, tree = jax.tree.flatten(tuple(primals))
     directions, other = jax.tree.flatten(tuple(tangents))
     if tree != other:

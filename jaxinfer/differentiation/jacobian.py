@@ -151,11 +151,13 @@ def _reverse(traced: Traced, borrowed: Any, *operands: Any) -> list[Any]:
     return [*aux, *blocks]
 
 
-def _basis(like: Any) -> np.ndarray:
-    """The unit directions of an array, along a leading axis, as a known array."""
+def _basis(like: Any) -> Any:
+    """The unit directions of an array, along a leading axis: an identity matrix that rules recognise."""
     aval = _jax.aval_of(like)
     size = math.prod(aval.shape)
-    return np.eye(size, dtype=aval.dtype).reshape(size, *aval.shape)
+    rows, columns = (lax.broadcasted_iota(np.int32, (size, size), axis) for axis in (0, 1))
+    identity = lax.convert_element_type(lax.eq(rows, columns), aval.dtype)
+    return lax.reshape(identity, (size, *aval.shape)) if len(aval.shape) != 1 else identity
 
 
 def _tree(traced: Traced, blocks: Sequence[Any], argnums: int | Sequence[int]) -> Any:

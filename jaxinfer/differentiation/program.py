@@ -73,9 +73,7 @@ class Traced:
             result = fun(*full, **kwargs)
             if has_aux:
                 if not isinstance(result, (tuple, list)) or len(result) != 2:
-                    raise TypeError(
-                        f"with has_aux=True the function must return a pair (result, auxiliary data): {fun}"
-                    )
+                    raise TypeError(f"with has_aux=True a function returns a pair (result, auxiliary data): {fun}")
                 result, aux = result
                 aux_leaves, self._aux_tree = jax.tree.flatten(aux)
             else:

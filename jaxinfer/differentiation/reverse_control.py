@@ -1,8 +1,8 @@
 """Loops and branches in reverse mode.
 
-A body and its pullback are traced together as one program and split: what depends on cotangents waits. Of the rest, what
-the waiting part reads is kept: values that change from step to step as rows of a new result of the loop; rows of xs and
-loop constants are there anyway, and what depends on constants alone is computed once.
+A body and its pullback are traced together as one program and split: what depends on cotangents waits. Of the rest,
+what the waiting part reads is kept: values that change from step to step as rows of a new result of the loop; rows of
+xs and loop constants are there anyway, and what depends on constants alone is computed once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from jaxinfer.graph.emit import Emit
 Vjp = Callable[..., tuple[list[Any], Callable[[Sequence[Any]], Sequence[Any]]]]
 
 
-def joint(
-    vjp: Vjp, body: Graph, active: Sequence[bool], live: Sequence[bool], wanted: Sequence[bool]
-) -> tuple[Split, list[bool]]:
+def joint(vjp: Vjp, body: Graph, active: Sequence[bool], live: Sequence[bool], wanted: Sequence[bool]) -> Split:
     """A body and its pullback, in two stages.
 
     Args:

@@ -11,6 +11,11 @@ A table of rules has two parts, and an operation needs one entry in either:
 * ``PULLBACKS``: ``rule(node, primals, outs, active, cotangents) -> cotangents of primals``. ``active`` says which
   operands are asked for; entries for others are ignored. At least one cotangent is not None.
 
+Where rules need more than an operation's results (the order that a sort finds), a third part computes both at once:
+
+* ``RESULTS``: ``rule(node, primals) -> results of the operation, then what its rules find behind them in outs``. Rules
+  compute the rest themselves where they are given the results alone.
+
 Reverse mode transposes the tangent rule where an operation has no pullback of its own; forward mode needs the tangent
 rule. Both are plain JAX code, called at the user's source line. Reference: Griewank and Walther, *Evaluating
 Derivatives*, 2nd edition, chapters 3 and 6.
@@ -29,6 +34,7 @@ from jaxinfer.graph import Node
 
 TangentRule = Callable[[Node, Sequence[Any], Sequence[Any], Sequence[Any]], Sequence[Any]]
 PullbackRule = Callable[[Node, Sequence[Any], Sequence[Any], Sequence[bool], Sequence[Any]], Sequence[Any]]
+ResultsRule = Callable[[Node, Sequence[Any]], Sequence[Any]]
 
 # Results of these do not change when their operands change a little.
 FLAT = frozenset(

@@ -261,6 +261,7 @@ class _Pullback:
         self._traced, self._late, self._outs = traced, late, outs
 
     def __call__(self, held: Sequence[Any], cotangent: Any) -> tuple[Any, ...]:
+        tree: Any
         leaves, tree = jax.tree.flatten(cotangent)
         if tree != self._traced.out_tree:
             raise TypeError(f"the cotangent has the structure {tree}, the function's result {self._traced.out_tree}")
