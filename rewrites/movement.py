@@ -80,10 +80,10 @@ def _broadcast_twice(m: Match, x: Any) -> Any:
 
 def _broadcast_of_units(m: Match, x: Any) -> Any:
     """Axes longer than one keep their places; axes of length one are dropped before the broadcast."""
-    found = layout(m.roots[0].node.inputs[0])
     outer = m.params("outer")["broadcast_dimensions"]
     squeezed = lax.reshape(x, [d for d in x.shape if d != 1])
-    return lax.broadcast_in_dim(squeezed, m.roots[0].shape, [outer[i] for i in sorted(found.varies)])
+    places = [outer[i] for i, d in enumerate(m.roots[0].node.inputs[0].shape) if d != 1]
+    return lax.broadcast_in_dim(squeezed, m.roots[0].shape, places)
 
 
 def _has_units(node: Node) -> bool:

@@ -42,12 +42,12 @@ def check(seed):
                 np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9 * scale, err_msg=f"{name}, seed {seed}:\n{source}")
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(8), 52, 86])
 def test_random_program(seed):
     check(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12, 200))
+@pytest.mark.parametrize("seed", [s for s in range(8, 200) if s not in (52, 86)])
 def test_more_random_programs(seed):
     check(seed)
