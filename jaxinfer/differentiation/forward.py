@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from jax import lax
 
 from jaxinfer import _jax
+from jaxinfer.differentiation import linear_solve
 from jaxinfer.differentiation.activity import active_outputs
 from jaxinfer.differentiation.rules import filled, is_flat
-from jaxinfer.differentiation.tables import TANGENTS
+from jaxinfer.differentiation.tables import RESULTS, TANGENTS
 from jaxinfer.graph import Domain, Graph, Node, interpret
 from jaxinfer.graph.emit import Emit
 
@@ -49,8 +50,9 @@ class Forward(Domain[Dual]):
             rule = TANGENTS.get(node.op)
             if rule is None:
                 return self._borrowed(node, primals, tangents)
-            outs = self._plain(node, primals)
-            return [Dual(x, t) for x, t in zip(outs, rule(node, primals, outs, tangents), strict=True)]
+            outs = results(self.emit, node, primals)
+            moved = rule(node, primals, outs, tangents)
+            return [Dual(x, t) for x, t in zip(outs[: len(node.avals)], moved, strict=True)]
 
     def _plain(self, node: Node, primals: Sequence[Any]) -> Sequence[Any]:
         return interpret_node(self.emit, node, primals)
@@ -151,6 +153,21 @@ class Forward(Domain[Dual]):
             outs, outs_t = lax.switch(branch_index(index.primal), [taken(b) for b in branches], *operands)
         return [Dual(x, t) for x, t in zip(outs, outs_t)]
 
+    def linear_solve(self, node: Node, *inputs: Dual) -> Sequence[Dual]:
+        """The same system with another right-hand side."""
+        primals, tangents = [d.primal for d in inputs], [d.tangent for d in inputs]
+        outs = self._plain(node, primals)
+        if all(t is None for t in tangents):
+            return [Dual(x) for x in outs]
+
+        def push(graph: Graph, values: Sequence[Any], moved: Sequence[Any]) -> Sequence[Any]:
+            return self._nested(graph, values, moved)[1]
+
+        with _jax.at_source(node.source, node.context):
+            return [Dual(x, t) for x, t in zip(outs, linear_solve.tangents(push, node, primals, outs, tangents))]
+
+    rules: ClassVar[Mapping[str, Any]] = {"custom_linear_solve": linear_solve}
+
     def remat(self, node: Node, *inputs: Dual) -> Sequence[Dual]:
         """In forward mode nothing is kept, so there is nothing to compute again."""
         return interpret(node.params["body"], self, *inputs)
@@ -160,6 +177,15 @@ def interpret_node(emit: Emit, node: Node, primals: Sequence[Any]) -> Sequence[A
     """The results of one operation, control flow included."""
     handlers = {"scan": emit.scan, "while": emit.while_loop, "cond": emit.cond, "remat": emit.remat}
     return handlers.get(node.op, emit.default)(node, *primals)
+
+
+def results(emit: Emit, node: Node, primals: Sequence[Any]) -> Sequence[Any]:
+    """The results of one operation, then what its derivative rules need besides."""
+    rule = RESULTS.get(node.op)
+    if rule is None:
+        return interpret_node(emit, node, primals)
+    with _jax.at_source(node.source, node.context):
+        return rule(node, primals)
 
 
 def carried_activity(body: Graph, active: Sequence[bool], fixed: int, carries: int) -> tuple[list[bool], list[bool]]:

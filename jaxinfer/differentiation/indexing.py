@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend.core import primitives
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.rules import PullbackRule, TangentRule, add, filled, zeros_of
+from jaxinfer.differentiation.rules import PullbackRule, ResultsRule, TangentRule, add, filled, place, zeros_of
 from jaxinfer.graph import Node
 
 # -- gather and scatter-add, each other's transpose -------------------------------------------------------------------
@@ -132,7 +132,7 @@ def _refuse_function(node: Node) -> None:
     if node.params["update_jaxpr"] is not None:
         raise NotImplementedError(
             "a function applied to some elements of an array (x.at[i].apply(f)) has no derivative in JAX: use "
-            f"x.at[i].set(f(x[i])); the call: {_jax.source_line(node.source)}"
+            f"x.at[i].set(f(x[i])){place(node)}"
         )
 
 
@@ -171,8 +171,8 @@ def _scatter_pullback(
 def _refuse_repeated(node: Node) -> None:
     if not node.params["unique_indices"]:
         raise NotImplementedError(
-            "the derivative of scatter_mul (x.at[i].multiply(y)) for the factors needs unique_indices=True; "
-            f"the call: {_jax.source_line(node.source)}"
+            "the derivative of scatter_mul (x.at[i].multiply(y)) for the factors needs unique_indices=True"
+            f"{place(node)}"
         )
 
 
@@ -231,7 +231,7 @@ def _extremum_pullback(
 # -- sorting and the largest k ----------------------------------------------------------------------------------------
 
 
-def _along(axis: int, x: Any, indices: Any, size: Any) -> Places:
+def _along(axis: int, x: Any, indices: Any) -> Places:
     """One element of every row along an axis for each index."""
     others = tuple(i for i in range(x.ndim) if i != axis)
     numbers = lax.GatherDimensionNumbers(
@@ -245,24 +245,27 @@ def _along(axis: int, x: Any, indices: Any, size: Any) -> Places:
     return Places(lax.expand_dims(indices, (x.ndim,)), numbers, (1,) * x.ndim, options)
 
 
-def _order(node: Node, primals: Sequence[Any]) -> Places:
-    """Where a sort takes its elements from: numbers are sorted with them."""
-    p, x = node.params, primals[0]
-    axis = p["dimension"]
-    numbers = lax.broadcasted_iota("int32", x.shape, axis)
-    *_, order = primitives.sort_p.bind(*map(lax.stop_gradient, primals), numbers, **p)
-    return _along(axis, x, order, x.shape[axis])
+def _sort_results(node: Node, primals: Sequence[Any]) -> list[Any]:
+    """Numbers are sorted with the operands and tell where each element came from."""
+    p, shape = node.params, primals[0].shape
+    return primitives.sort_p.bind(*primals, lax.broadcasted_iota("int32", shape, p["dimension"]), **p)
+
+
+def _order(node: Node, primals: Sequence[Any], outs: Sequence[Any]) -> Places:
+    """Where a sort takes its elements from."""
+    sorted_ = outs if len(outs) > len(primals) else _sort_results(node, primals)
+    return _along(node.params["dimension"], primals[0], sorted_[-1])
 
 
 def _sort_tangent(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
-    order = _order(node, primals)
+    order = _order(node, primals, outs)
     return [None if t is None else order.take(t) for t in tangents]
 
 
 def _sort_pullback(
     node: Node, primals: Sequence[Any], outs: Sequence[Any], active: Sequence[bool], cotangents: Sequence[Any]
 ) -> list[Any]:
-    order = _order(node, primals)
+    order = _order(node, primals, outs)
     return [None if ct is None else order.put(zeros_of(x), ct) for x, ct in zip(primals, cotangents)]
 
 
@@ -270,7 +273,7 @@ def _top_rules(axis_name: str) -> tuple[TangentRule, PullbackRule]:
     """Rules of operations that give elements along an axis and their indices."""
 
     def places(node: Node, x: Any, indices: Any) -> Places:
-        return _along(node.params[axis_name] % x.ndim, x, indices, None)
+        return _along(node.params[axis_name] % x.ndim, x, indices)
 
     def tangent(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
         return [places(node, primals[0], outs[1]).take(tangents[0]), None]
@@ -310,3 +313,4 @@ PULLBACKS: Mapping[str, PullbackRule] = {
     "sort": _sort_pullback,
     "top_k": _TOP[1],
 }
+RESULTS: Mapping[str, ResultsRule] = {"sort": _sort_results}

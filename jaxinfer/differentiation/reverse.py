@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxinfer import _jax
 from jaxinfer.differentiation.activity import useful_values
-from jaxinfer.differentiation.forward import interpret_node
+from jaxinfer.differentiation.forward import interpret_node, results
+from jaxinfer.differentiation.linear_solve import solve
 from jaxinfer.differentiation.reverse_control import cond, refuse_while, scan
 from jaxinfer.differentiation.rules import add, is_flat, zeros_of
 from jaxinfer.differentiation.tables import PULLBACKS, TANGENTS
@@ -109,10 +110,10 @@ class Reverse(Domain[Traced]):
         if not self.is_recorded(node, inputs):
             return self.plain(node, primals)
         if node.op in PULLBACKS:
-            outs = interpret_node(self.emit, node, primals)
+            outs = results(self.emit, node, primals)
             pull: Pullback = functools.partial(PULLBACKS[node.op], node, primals, outs, active)
         elif node.op in TANGENTS:
-            outs = interpret_node(self.emit, node, primals)
+            outs = results(self.emit, node, primals)
             pull = functools.partial(_transposed, node, primals, outs, active, self.borrowed)
         else:
             return self.borrow(node, primals, active)
@@ -152,11 +153,11 @@ class Reverse(Domain[Traced]):
 
     def scan(self, node: Node, *inputs: Traced) -> Sequence[Traced]:
         """The loop keeps what its pullback needs of each step, and a loop the other way uses it."""
-        return self._loop_or_branch(scan, node, inputs)
+        return self._structured(scan, node, inputs)
 
     def cond(self, node: Node, index: Traced, *inputs: Traced) -> Sequence[Traced]:
         """The branch that was taken keeps what its pullback needs."""
-        return self._loop_or_branch(cond, node, [Traced(index.primal), *inputs])
+        return self._structured(cond, node, [Traced(index.primal), *inputs])
 
     def while_loop(self, node: Node, *inputs: Traced) -> Sequence[Traced]:
         """Without a derivative: how many steps there are to keep is not known.
@@ -167,12 +168,18 @@ class Reverse(Domain[Traced]):
         refuse_while(node, [x.active for x in inputs], self.useful)
         return self.plain(node, [x.primal for x in inputs])
 
+    def linear_solve(self, node: Node, *inputs: Traced) -> Sequence[Traced]:
+        """The transposed system."""
+        return self._structured(solve, node, inputs)
+
+    rules: ClassVar[Mapping[str, Any]] = {"custom_linear_solve": linear_solve}
+
     def remat(self, node: Node, *inputs: Traced) -> Sequence[Traced]:
         """JAX's own rule, which computes the body again when cotangents come back."""
         primals, active = [x.primal for x in inputs], [x.active for x in inputs]
         return self.borrow(node, primals, active) if self.is_recorded(node, inputs) else self.plain(node, primals)
 
-    def _loop_or_branch(self, rule: Callable[..., Any], node: Node, inputs: Sequence[Traced]) -> Sequence[Traced]:
+    def _structured(self, rule: Callable[..., Any], node: Node, inputs: Sequence[Traced]) -> Sequence[Traced]:
         primals, active = [x.primal for x in inputs], [x.active for x in inputs]
         if not self.is_recorded(node, inputs):
             return self.plain(node, primals)

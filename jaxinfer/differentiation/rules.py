@@ -49,6 +49,12 @@ def is_flat(node: Node) -> bool:
     return node.op in FLAT and not (node.op == "sign" and jnp.issubdtype(node.aval.dtype, jnp.complexfloating))
 
 
+def place(node: Node) -> str:
+    """Where an operation was called, for the end of a message; nothing where that is not known."""
+    line = _jax.source_line(node.source)
+    return f" (at {line})" if line else ""
+
+
 def zeros_of(value: Any) -> Any:
     """The zero tangent of a value, as an array."""
     aval = _jax.aval_of(value)

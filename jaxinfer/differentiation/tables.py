@@ -8,15 +8,19 @@ from jaxinfer.differentiation import (
     bilinear,
     cumulative,
     elementwise,
+    factorizations,
     fft,
     indexing,
     linear,
     reductions,
     special_functions,
 )
-from jaxinfer.differentiation.rules import PullbackRule, TangentRule
+from jaxinfer.differentiation.rules import PullbackRule, ResultsRule, TangentRule
 
-_SUBJECTS = (bilinear, cumulative, elementwise, fft, indexing, linear, reductions, special_functions)
+_SUBJECTS = (bilinear, cumulative, elementwise, factorizations, fft, indexing, linear, reductions, special_functions)
 
 TANGENTS: Mapping[str, TangentRule] = {op: rule for subject in _SUBJECTS for op, rule in subject.TANGENTS.items()}
 PULLBACKS: Mapping[str, PullbackRule] = {op: rule for subject in _SUBJECTS for op, rule in subject.PULLBACKS.items()}
+RESULTS: Mapping[str, ResultsRule] = {
+    op: rule for subject in _SUBJECTS for op, rule in getattr(subject, "RESULTS", {}).items()
+}

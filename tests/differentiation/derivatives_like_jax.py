@@ -51,7 +51,7 @@ def our_vjp(fun, primals, cotangents, borrowed):
 
 
 def _jax_jvp(fun, primals, tangents, borrowed):
-    full = [np.zeros(x.shape, jax.dtypes.float0) if t is None else t for x, t in zip(primals, tangents)]
+    full = [np.zeros(x.shape, jax.dtypes.float0) if t is None else jnp.asarray(t) for x, t in zip(primals, tangents)]
     outs, moved = jax.jvp(fun, tuple(primals), tuple(full))
     return list(outs), [t for x, t in zip(outs, moved) if _moves(x)]
 
