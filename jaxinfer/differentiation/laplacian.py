@@ -1,8 +1,8 @@
 """The Laplacian Σᵢ ∂²f/∂xᵢ², computed forward in one pass over the graph.
 
 Along every edge flow a value, its Jacobian and its Laplacian. For y = f(x) it is
-L(y) = Σₐ fₐ L(xₐ) + Σₐᵦ fₐᵦ Σᵢ Jᵢ(xₐ) Jᵢ(xᵦ), so that second derivatives meet rows of the Jacobian only in sums, and no Hessian is formed. The Jacobian is kept as
-sparse as it is; see `laplacian_blocks`.
+L(y) = Σₐ fₐ L(xₐ) + Σₐᵦ fₐᵦ Σᵢ Jᵢ(xₐ) Jᵢ(xᵦ), so that second derivatives meet rows of the Jacobian only in sums, and no
+Hessian is formed. The Jacobian is kept as sparse as it is; see `laplacian_blocks`.
 
 Reference: R. Li et al., A computational framework for neural network-based variational Monte Carlo with Forward
 Laplacian, Nature Machine Intelligence 6, 2024.
@@ -14,7 +14,6 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -28,33 +27,15 @@ from jaxinfer.differentiation import (
     laplacian_moves,
     laplacian_opaque,
     laplacian_products,
+    laplacian_sums,
 )
+from jaxinfer.differentiation.checks import check_inputs
 from jaxinfer.differentiation.laplacian_blocks import identity
 from jaxinfer.differentiation.laplacian_terms import Term, Triple, is_active, primal
-from jaxinfer.graph import Graph, Node, interpret, trace
+from jaxinfer.differentiation.program import Derivation, Traced
+from jaxinfer.differentiation.transform import Derivative
+from jaxinfer.graph import Node, interpret
 from jaxinfer.graph.emit import Emit
-
-
-@dataclass(frozen=True)
-class LaplacianReport:
-    """How a Laplacian is computed.
-
-    Attributes:
-        inputs: number of inputs that are differentiated.
-        nodes: operations that values depending on them go through, bodies of loops counted once.
-        fallbacks: (operation, the user's line) -> how often JAX's own derivative of an operation is taken twice, for
-            each row of the Jacobian, because it has no rule here or the user gave it a derivative.
-    """
-
-    inputs: int
-    nodes: int
-    fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        lines = [f"{self.inputs} inputs, {self.nodes} operations depend on them"]
-        for (op, line), count in sorted(self.fallbacks.items()):
-            lines.append(f"JAX's own derivative, twice for each row: {op} ×{count} at {line or 'an unknown line'}")
-        return "\n".join(lines)
 
 
 class Forward(Emit):
@@ -63,13 +44,19 @@ class Forward(Emit):
     table: ClassVar[Mapping[str, Callable[..., Sequence[Any]]]] = {
         **laplacian_elementwise.RULES,
         **laplacian_moves.RULES,
+        **laplacian_sums.RULES,
         **laplacian_products.RULES,
     }
 
-    def __init__(self) -> None:
+    def __init__(self, borrowed: Counter[str]) -> None:
         super().__init__({})
-        self.nodes: set[Node] = set()
-        self.fallbacks: dict[Node, None] = {}
+        self._borrowed = borrowed
+        self._counted: set[Node] = set()
+
+    def constant(self, node: Node) -> Any:
+        value = super().constant(node)
+        # Double precision in NumPy may be single here.
+        return value.astype(node.aval.dtype) if isinstance(value, np.ndarray) else value
 
     def bind(self, node: Node, *values: Any) -> Sequence[Any]:
         """The operation itself on arrays."""
@@ -78,7 +65,6 @@ class Forward(Emit):
     def default(self, node: Node, *inputs: Any) -> Sequence[Any]:
         if not any(map(is_active, inputs)):
             return self._known(node, *inputs)
-        self.nodes.add(node)
         if not any(hasattr(a, "dtype") and _jax.is_inexact(a.dtype) for a in node.avals):
             return self.bind(node, *map(primal, inputs))
         with _jax.at_source(node.source, node.context):
@@ -99,7 +85,9 @@ class Forward(Emit):
         found = laplacian_opaque.pointwise_custom(self, node, inputs)
         if found is not None:
             return found
-        self.fallbacks[node] = None
+        # Bodies of loops are walked several times.
+        self._borrowed[node.op] += node not in self._counted
+        self._counted.add(node)
         return laplacian_opaque.opaque(self, node, *inputs)
 
     def jointly(self, value: Any, fun: Callable[..., Any], *inputs: Any, batched: bool = False) -> Any:
@@ -123,127 +111,72 @@ class Forward(Emit):
     def _control(self, rule: Callable[..., Any], inactive: Callable[..., Any], node: Node, *inputs: Any) -> Any:
         if not any(map(is_active, inputs)):
             return inactive(self, node, *inputs)
-        self.nodes.add(node)
         with _jax.at_source(node.source, node.context):
             return rule(self, node, *inputs)
 
 
-class Laplacian:
-    """The Laplacian of a function as a function of the same arguments; made by :func:`laplacian`."""
-
-    def __init__(self, fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, has_value: bool):
-        functools.update_wrapper(self, fun)
-        self._fun = fun
-        self._argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        self._has_aux = has_aux
-        self._has_value = has_value
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The Laplacian; `(value, laplacian)` with `has_value`, and the auxiliary output behind it with `has_aux`."""
-        results, tree, aux, _, _ = self._run(args, kwargs)
-        value = jax.tree.unflatten(tree, [primal(r) for r in results])
-        lap = jax.tree.unflatten(tree, [r.curvature if is_active(r) else jnp.zeros_like(r) for r in results])
-        found = (value, lap) if self._has_value else lap
-        return (found, aux) if self._has_aux else found
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
-
-    def explain(self, *args: Any, **kwargs: Any) -> LaplacianReport:
-        """What is computed for such arguments, and for which operations JAX's own derivatives are taken."""
-        report: list[LaplacianReport] = []
-
-        def walk(args: Any, kwargs: Any) -> None:
-            _, _, _, count, domain = self._run(args, kwargs)
-            lines = Counter((node.op, _jax.source_line(node.source)) for node in domain.fallbacks)
-            report.append(LaplacianReport(count, len(domain.nodes), lines))
-
-        jax.eval_shape(walk, args, kwargs)
-        return report[0]
-
-    def graph(self, *args: Any, **kwargs: Any) -> Graph:
-        """The program of the function that is walked, with custom derivatives kept."""
-        return self._traced(args, kwargs)[0]
-
-    def _traced(self, args: Sequence[Any], kwargs: Any) -> tuple[Graph, list[Any], list[tuple[int, int]], Any]:
-        count = len(args)
-        for number in self._argnums:
-            if not -count <= number < count:
-                raise ValueError(f"laplacian: argnums names argument {number}, the call has {count}")
-        numbers = {n % count for n in self._argnums}
-        leaves: list[Any] = []
-        places: list[tuple[int, int]] = []
-        first = 0
-        for number, arg in enumerate(args):
-            for leaf in jax.tree.leaves(arg):
-                if number in numbers:
-                    _require_real(leaf, number)
-                    places.append((len(leaves), first))
-                    first += math.prod(jnp.shape(leaf))
-                leaves.append(leaf)
-        leaves += jax.tree.leaves(kwargs)
-        structure = jax.tree.structure((tuple(args), kwargs))
-        out: list[Any] = []
-
-        def flat(*leaves: Any) -> list[Any]:
-            args, kwargs = jax.tree.unflatten(structure, leaves)
-            result, aux = self._fun(*args, **kwargs) if self._has_aux else (self._fun(*args, **kwargs), ())
-            results, tree = jax.tree.flatten(result)
-            extra, aux_tree = jax.tree.flatten(aux)
-            out.append((tree, len(results), aux_tree))
-            return [*map(jnp.asarray, results), *extra]
-
-        # What the function closes over may be someone's tracers: it goes in as further arguments.
-        jaxpr, consts = _jax.without_constvars(_jax.make_jaxpr(flat, [_jax.abstract(x) for x in leaves]))
-        places = [(place + len(consts), first) for place, first in places]
-        return trace(_jax.close_jaxpr(jaxpr), keep_custom=True), [*consts, *leaves], places, out[-1]
-
-    def _run(self, args: Sequence[Any], kwargs: Any) -> tuple[list[Any], Any, Any, int, Forward]:
-        graph, leaves, places, (tree, count, aux_tree) = self._traced(args, kwargs)
-        for aval in graph.out_avals[:count]:
-            if not _jax.is_inexact(aval.dtype):
-                raise TypeError(f"laplacian takes functions of real or complex values; a result is {aval.str_short()}")
-        inputs, total = list(leaves), 0
-        for place, first in places:
-            value = jnp.asarray(leaves[place])
-            total = first + value.size
-            inputs[place] = (
-                Triple(value, (Term(None, identity(value.shape, value.dtype, first)),)) if value.size else value
-            )
-        domain = Forward()
-        results = interpret(graph, domain, *inputs)
-        aux = jax.tree.unflatten(aux_tree, [primal(r) for r in results[count:]])
-        return results[:count], tree, aux, total, domain
-
-
-def _require_real(leaf: Any, number: int) -> None:
-    dtype = jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"laplacian differentiates with respect to real inputs; argument {number} holds {dtype}")
-
-
 def laplacian(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, has_aux: bool = False, has_value: bool = False
-) -> Laplacian:
-    """The Laplacian Σᵢ ∂²f/∂xᵢ² of a function: the trace of `jax.hessian`, without the Hessian.
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, has_value: bool = False
+) -> Derivative:
+    """A function that computes the Laplacian Σᵢ ∂²f/∂xᵢ²: the trace of `jax.hessian`, without the Hessian.
 
     Args:
         fun: a function of arrays or pytrees of them; results are real or complex, of any shape.
-        argnums: which arguments are differentiated: real arrays or pytrees of them. The sum is over all their elements.
-        has_aux: whether `fun` returns a pair whose second part is handed through.
-        has_value: whether to return `(value, laplacian)`.
+        argnums: which positional arguments to differentiate: real arrays or pytrees of them. The sum is over all their
+            elements.
+        has_aux: whether ``fun`` returns a pair, whose second part is passed on.
+        has_value: whether to return the value as well.
 
     Returns:
-        A function of the same arguments. Its result has the structure and shapes of `fun`'s. `.explain(*args)` says
-        where JAX's own derivatives are taken. It composes with `jax.jit`, `vmap`, `grad` and itself.
+        A function with ``fun``'s arguments that returns the Laplacian, with the structure and shapes of ``fun``'s
+        result: ``laplacian``, or ``(value, laplacian)`` with ``has_value``; with ``has_aux`` a pair of that and the
+        second part.
 
     Raises:
-        TypeError: when called with differentiated arguments that are not real, or if results are integers.
-        ValueError: when called with fewer arguments than `argnums` names.
+        TypeError: when called, if a chosen argument is not real, or a result has no derivative.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> float(laplacian(lambda x: jnp.sum(x**2))(jnp.ones(3)))
+        >>> from jaxinfer import autoinfer
+        >>> float(autoinfer.laplacian(lambda x: jnp.sum(x**2))(jnp.ones(3)))
         6.0
     """
-    return Laplacian(fun, argnums, has_aux, has_value)
+
+    def finish(traced: Traced, values: Sequence[Any]) -> Any:
+        count = len(traced.graph.outputs)
+        lap = traced.unflatten(values[count:])
+        found = (traced.unflatten(values[: traced.outputs]), lap) if has_value else lap
+        return (found, traced.aux(values[traced.outputs : count])) if has_aux else found
+
+    return Derivative(fun, "laplacian", argnums, has_aux, _program, finish, _check)
+
+
+def _check(argument: Any) -> None:
+    check_inputs(argument, "laplacian", holomorphic=False, allow_int=False)
+    for leaf in jax.tree.leaves(argument):
+        if jnp.issubdtype(_jax.aval_of(leaf).dtype, jnp.complexfloating):
+            raise TypeError(
+                "laplacian requires real-valued inputs, but got complex ones: write the function in terms of real and "
+                "imaginary parts"
+            )
+
+
+def _program(traced: Traced) -> Derivation:
+    for aval in traced.graph.out_avals[: traced.outputs]:
+        if not _jax.has_tangent(aval):
+            raise TypeError(f"laplacian requires real- or complex-valued outputs, but got {aval.str_short()}")
+    return traced.derive(functools.partial(_values_and_laplacians, traced))
+
+
+def _values_and_laplacians(traced: Traced, borrowed: Counter[str], *operands: Any) -> list[Any]:
+    inputs, first = [], 0
+    for active, value in zip(traced.active, operands):
+        if active and value.size:
+            block = identity(value.shape, value.dtype, first)
+            inputs.append(Triple(value, (Term(None, block),)))
+            first += math.prod(value.shape)
+        else:
+            inputs.append(value)
+    results = interpret(traced.graph, Forward(borrowed), *inputs)
+    laplacians = [r.curvature if is_active(r) else jnp.zeros_like(r) for r in results[: traced.outputs]]
+    return [*map(primal, results), *laplacians]

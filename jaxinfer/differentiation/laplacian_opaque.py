@@ -65,7 +65,8 @@ def opaque(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
     tangent = _by_reverse if node.op.startswith("custom_vjp_call") else _by_forward
 
     def twice(*direction: Any) -> Any:
-        return jax.jvp(lambda *v: tangent(smooth, v, direction), values, direction)
+        slope = tangent(smooth, values, direction)
+        return slope, tangent(lambda *v: tangent(smooth, v, direction), values, direction)
 
     first, second = jax.vmap(twice)(*along)
     slopes = tangent(smooth, values, tuple(x.curvature for x in active))
@@ -94,20 +95,23 @@ def _by_reverse(fun: Callable[..., Any], values: tuple[Any, ...], direction: tup
 
 def pointwise_custom(domain: Any, node: Node, inputs: Sequence[Any]) -> Sequence[Any] | None:
     """A custom function whose program and derivatives act element by element, by those derivatives; else None."""
-    if node.op != "custom_jvp_call" or len(node.avals) != 1 or len(inputs) != 1:
+    if node.op != "custom_jvp_call" or len(node.avals) != 1 or not jnp.issubdtype(node.aval.dtype, jnp.floating):
         return None
-    (x,) = inputs
-    if node.aval.shape != x.shape or not jnp.issubdtype(node.aval.dtype, jnp.floating):
+    active = list({id(x): x for x in inputs if is_active(x)}.values())
+    if any(x.shape != node.aval.shape or not jnp.issubdtype(x.value.dtype, jnp.floating) for x in active):
         return None
-    fun = rebound(domain, node, inputs, [x])
+    fixed = [x for x in inputs if not is_active(x)]
 
-    def both(value: Any, along: Any) -> tuple[Any, ...]:
-        return jax.tree.leaves(jax.jvp(lambda v: jax.jvp(fun, (v,), (along,)), (value,), (along,)))  # type: ignore[return-value]
+    def both(*values: Any) -> Any:
+        rest = iter(values[2 * len(active) :])
+        fun = rebound(domain, node, [x if is_active(x) else next(rest) for x in inputs], active)
+        at, along = values[: len(active)], values[len(active) : 2 * len(active)]
+        return jax.tree.leaves(jax.jvp(lambda *v: jax.jvp(fun, v, along), at, along))
 
-    aval = node.inputs[0].aval
-    if not _acts_on_elements(trace_function(both, aval, aval), node.aval.shape):
+    avals = [_jax.aval_of(x) for x in (*(x.value for x in active), *(x.value for x in active), *fixed)]
+    if not _acts_on_elements(trace_function(both, *avals), node.aval.shape):
         return None
-    return [through(fun, [x])]
+    return [through(rebound(domain, node, inputs, active), active)]
 
 
 def _acts_on_elements(graph: Graph, shape: tuple[int, ...]) -> bool:

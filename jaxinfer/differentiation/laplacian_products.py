@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxinfer.differentiation.laplacian_blocks import Block, compress, is_disjoint, occurring
-from jaxinfer.differentiation.laplacian_moves import over_axes, summed, without_axes
+from jaxinfer.differentiation.laplacian_sums import over_axes, summed, without_axes
 from jaxinfer.differentiation.laplacian_terms import Term, Triple, added, is_active, merged, primal, triple
 from jaxinfer.graph import Node
 
@@ -152,7 +152,11 @@ def _multiplied(product: Product, axes: Sequence[int], term: Term, other: Any) -
         left = _spread(data, _ROWS + product.left, out)
         return left * _spread(other, product.right, out)
 
-    blocks = over_axes(term, axes, lambda d: product.rows(d, other, _ROWS, ""), outer)
+    def multiplied(data: Any) -> Any:
+        # Left to itself XLA:CPU computes the product anew, or slower, inside of what its result is used for.
+        return lax.optimization_barrier(product.rows(data, other, _ROWS, ""))
+
+    blocks = over_axes(term, axes, multiplied, outer)
     return [
         Term(None, Block(b.data, _placed(without_axes(b.rows, axes), kept, product.out, ()), b.shape)) for b in blocks
     ]
