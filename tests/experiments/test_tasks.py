@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxinfer.experiments import bench, chains, memory, overhead, task
+from jaxinfer.experiments import bench, chains, closed_forms, derivative, memory, overhead, task
 from jaxinfer.experiments.process import MeasurementError, fresh
 from jaxinfer.report.output import plain
 from jaxinfer.search.measure import PairedRatio
@@ -111,3 +111,19 @@ def test_speed_is_the_inverse_of_the_ratio():
     assert task.speed_cell(row).text == "2.00× (1.25 to 4.00)"
     unbounded = task.speed(PairedRatio(ratio=0.5, low=0.0, high=math.inf, rounds=2, before_ms=2.0, after_ms=1.0))
     assert task.speed_cell(unbounded).text == "2.00× (from 0.00)"
+
+
+def test_derivative_compares_both_gradients(tmp_path):
+    rows = derivative.derivative(request_for(tmp_path, models={"mlp": 0.3}))
+    assert written(tmp_path) == rows
+    (row,) = rows
+    assert row["max_relative_error"] < 1e-9
+    assert min(row["before_ms"], row["after_ms"], *row["seconds"].values()) > 0
+    assert row["not_slower"] in (True, False)
+
+
+def test_closed_forms_are_those_of_the_derivatives():
+    for name, case in closed_forms.CASES.items():
+        row = closed_forms.measure(name, size=8, seconds=0.1)
+        assert row["max_relative_error"] < 1e-12, name
+        assert case.transform in ("grad", "hessian")
