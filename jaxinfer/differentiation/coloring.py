@@ -1,8 +1,8 @@
 """Which columns and rows of a sparse matrix can share one pass of forward or reverse mode.
 
-Columns may share a pass where no row has entries in two of them, which is a distance-1 colouring of the graph that joins
-such columns; rows likewise. A symmetric matrix needs less: a star colouring of its graph, where every entry can still be
-read off one of its two columns. Colours are given greedily in several orders, and the best result is kept.
+Columns may share a pass where no row has entries in two of them, which is a distance-1 colouring of the graph that
+joins such columns; rows likewise. A symmetric matrix needs less: a star colouring of its graph, where every entry can
+still be read off one of its two columns. Colours are given greedily in several orders, and the best result is kept.
 
 Reference: Gebremedhin, Manne, Pothen, What color is your Jacobian? SIAM Review 47 (2005); Gebremedhin, Tarafdar, Manne,
 Pothen, New acyclic and star coloring algorithms, SIAM J. Sci. Comput. 29 (2007); Culberson, Iterated greedy graph
@@ -62,6 +62,12 @@ class Coloring:
     def cost(self) -> float:
         """Time of all passes, in forward passes."""
         return self.forward + REVERSE_COST * self.reverse
+
+    @classmethod
+    def empty(cls, pattern: Pattern) -> Coloring:
+        """No passes, for a matrix without entries."""
+        m, n = pattern.shape
+        return cls(pattern, np.full(n, -1), np.full(m, -1), 0, 0, np.zeros(0, np.int64))
 
     def __repr__(self) -> str:
         kinds = [f"{n} {name}" for n, name in ((self.forward, "forward"), (self.reverse, "reverse")) if n]
