@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxinfer import _jax
+from jaxinfer.differentiation.direct_terms import MOST_TERMS, Declined, Term, agree, merged, same
 from jaxinfer.differentiation.forward import interpret_node
 from jaxinfer.differentiation.pattern import NOTHING, Flow, Pattern, size
 from jaxinfer.differentiation.sparsity import Dependence
@@ -25,41 +26,8 @@ from jaxinfer.differentiation.sparsity_moves import origins, targets
 from jaxinfer.graph import Domain, Graph, Node, interpret
 from jaxinfer.graph.emit import Emit
 
-# A value that is the sum of more terms is better computed by passes.
-_MOST_TERMS = 32
 # Known factors up to this size become part of the coefficients.
 _MOST_FOLDED = 1_000_000
-
-
-class Declined(Exception):
-    """The entries of a program cannot be followed through one of its operations."""
-
-
-class Term(NamedTuple):
-    """Part of the derivative of a value.
-
-    Attributes:
-        index: for each element, flat, the input element that its coefficient belongs to, -1 for none.
-        coefficient: a number for all elements, an array of numbers, or a traced array of the value's shape.
-        clean: whether coefficients are zero where they belong to none.
-    """
-
-    index: np.ndarray
-    coefficient: Any
-    clean: bool
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the coefficients are numbers."""
-        return isinstance(self.coefficient, (np.ndarray, np.generic))
-
-    def everywhere(self, shape: tuple[int, ...]) -> Any:
-        """Coefficients of the given shape, zero where they belong to none."""
-        inside = (self.index >= 0).reshape(shape)
-        c = self.coefficient
-        if self.is_known:
-            return np.where(inside, c, np.zeros((), c.dtype)).astype(c.dtype)
-        return c if self.clean else jnp.where(inside, c, jnp.zeros((), c.dtype))
 
 
 class Edge(NamedTuple):
@@ -68,54 +36,6 @@ class Edge(NamedTuple):
     primal: Any
     facts: Flow
     terms: tuple[Term, ...] | None = None
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (np.ndim(a) == np.ndim(b) == 0 and a == b)
-
-
-def _agree(a: Term, b: Term) -> bool:
-    """Whether no element belongs to two different input elements."""
-    both = (a.index >= 0) & (b.index >= 0)
-    return bool(np.array_equal(a.index[both], b.index[both]))
-
-
-def added(a: Term, b: Term, shape: tuple[int, ...]) -> Term:
-    """One term for the sum of two that agree."""
-    index = np.maximum(a.index, b.index)
-    full = bool((index >= 0).all())
-    if np.array_equal(a.index, b.index):
-        if a.is_known and b.is_known:
-            return Term(index, np.asarray(a.coefficient + b.coefficient), full or (a.clean and b.clean))
-        return Term(index, jnp.add(a.coefficient, b.coefficient), full or (a.clean and b.clean))
-    disjoint = not ((a.index >= 0) & (b.index >= 0)).any()
-    if disjoint and a.is_known and b.is_known and _same(a.coefficient, b.coefficient):
-        return Term(index, a.coefficient, full)
-    x, y = a.everywhere(shape), b.everywhere(shape)
-    return Term(index, x + y if a.is_known and b.is_known else jnp.add(x, y), True)
-
-
-def merged(terms: Sequence[Term], shape: tuple[int, ...]) -> tuple[Term, ...]:
-    """Terms for a sum, as few as agreement allows; known zeros disappear."""
-    found: list[Term] = []
-    for term in terms:
-        for i, other in enumerate(found):
-            if _agree(term, other):
-                found[i] = added(other, term, shape)
-                break
-        else:
-            found.append(term)
-    kept = tuple(t for t in map(_without_zeros, found) if (t.index >= 0).any())
-    if len(kept) > _MOST_TERMS:
-        raise Declined("a sum of too many terms")
-    return kept
-
-
-def _without_zeros(term: Term) -> Term:
-    if not term.is_known or np.all(term.coefficient):
-        return term
-    zero = np.broadcast_to(np.ravel(term.coefficient) == 0, term.index.shape)
-    return term._replace(index=np.where(zero, -1, term.index))
 
 
 class Terms(Domain[Edge]):
@@ -192,12 +112,12 @@ def _movement(node: Node, edges: Sequence[Edge]) -> Found:
 
 def _moved(node: Node, edges: Sequence[Edge], layer: Sequence[Term | None], index: Sequence[np.ndarray]) -> list[Term]:
     """One term of each operand moved to its place."""
-    before = np.concatenate([np.full(size(v.aval), -1) if t is None else t.index for t, v in zip(layer, node.inputs)])
+    before = np.concatenate([np.full(size(v.aval), -1) if t is None else t.numbers for t, v in zip(layer, node.inputs)])
     after = [np.where(i >= 0, before[i], -1) for i in index]
     there = [t for t in layer if t is not None]
     if all(t.is_known for t in there):
         first = there[0].coefficient
-        if all(_same(t.coefficient, first) and np.ndim(first) == 0 for t in there):
+        if all(same(t.coefficient, first) and np.ndim(first) == 0 for t in there):
             return [Term(a, first, bool((a >= 0).all())) for a in after]
         zeros = [np.zeros(size(v.aval), first.dtype) for v in node.inputs]
         flat = np.concatenate(
@@ -221,14 +141,14 @@ def _choice(node: Node, edges: Sequence[Edge]) -> Found:
     for case, edge in enumerate(edges[1:]):
         for term in edge.terms or ():
             for group in groups:
-                if group[case] is None and all(_agree(term, t) for t in group if t is not None):
+                if group[case] is None and all(agree(term, t) for t in group if t is not None):
                     group[case] = term
                     break
             else:
                 groups.append([term if i == case else None for i in range(len(edges) - 1)])
     found = []
     for group in groups:
-        index = np.max([t.index for t in group if t is not None], axis=0)
+        index = np.max([t.numbers for t in group if t is not None], axis=0)
         cases = [jnp.zeros(shape, node.aval.dtype) if t is None else jnp.asarray(t.everywhere(shape)) for t in group]
         found.append(Term(index, lax.select_n(which, *cases), True))
     return [tuple(found)]
@@ -297,7 +217,7 @@ def _converted(node: Node, edges: Sequence[Edge]) -> Found:
 def _reduce_sum(node: Node, edges: Sequence[Edge]) -> Found:
     axes, shape, terms = node.params["axes"], node.inputs[0].shape, edges[0].terms or ()
     inner = math.prod(shape[a] for a in axes)
-    if len(terms) * inner > _MOST_TERMS:
+    if len(terms) * inner > MOST_TERMS:
         raise Declined("a sum over many elements")
     kept = [a for a in range(len(shape)) if a not in axes]
     place = np.arange(math.prod(shape)).reshape(shape).transpose(*kept, *axes).reshape(-1, inner)
@@ -307,7 +227,7 @@ def _reduce_sum(node: Node, edges: Sequence[Edge]) -> Found:
         if np.ndim(flat):
             flat = flat.transpose(*kept, *axes).reshape(*node.aval.shape, inner)
         for i in range(inner):
-            index = term.index[place[:, i]]
+            index = term.numbers[place[:, i]]
             parts.append(Term(index, flat[..., i] if np.ndim(flat) else flat, term.clean or bool((index >= 0).all())))
     return [merged(parts, node.aval.shape)]
 
@@ -323,7 +243,7 @@ def _scatter_add(node: Node, edges: Sequence[Edge]) -> Found:
     parts = list(edges[0].terms or ())
     for term in edges[2].terms or ():
         index = np.full(math.prod(shape), -1)
-        index[to[inside]] = term.index[inside]
+        index[to[inside]] = term.numbers[inside]
         if term.is_known and np.ndim(term.coefficient) == 0:
             parts.append(Term(index, term.coefficient, False))
             continue
@@ -400,9 +320,9 @@ def _gathered(outputs: Sequence[Edge], graph: Graph, pattern: Pattern, dtype: An
     start = filled = 0
     for edge, value in zip(outputs, graph.outputs):
         for term in edge.terms or ():
-            at = np.flatnonzero(term.index >= 0)
+            at = np.flatnonzero(term.numbers >= 0)
             rows.append(start + at)
-            cols.append(term.index[at])
+            cols.append(term.numbers[at])
             scalar = np.ndim(term.coefficient) == 0 and size(value.aval) != 0
             parts.append(jnp.asarray(term.coefficient, dtype).reshape(-1))
             places.append(np.full(len(at), filled) if scalar and term.coefficient.ndim == 0 else filled + at)
