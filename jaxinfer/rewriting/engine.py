@@ -121,7 +121,7 @@ class Rewriter:
         for node in graph.nodes:
             for sub in node.subgraphs:
                 found.update(self.offers(sub))
-            for rule in self._offer.get(node.op, ()):
+            for rule in self._offer.get(node.op, ()) if node.is_pure else ():
                 if (replacement := self._replacement(rule, graph, node)) is not None:
                     found.setdefault(node, []).append(replacement)
         return found
@@ -183,14 +183,14 @@ class Rewriter:
         return builder.build([now(v) for v in graph.outputs], out_avals=graph.out_avals)
 
     def _first_replacement(self, graph: Graph, node: Node) -> Replacement | None:
+        if not node.is_pure:
+            return None
         for rule in self._replace.get(node.op, ()):
             if (replacement := self._replacement(rule, graph, node)) is not None:
                 return replacement
         return None
 
     def _replacement(self, rule: Rule, graph: Graph, node: Node) -> Replacement | None:
-        if not node.is_pure:
-            return None
         m = rule.match(graph, node)
         if m is None:
             return None
