@@ -23,6 +23,7 @@ import numpy as np
 from jaxinfer import _jax
 from jaxinfer.differentiation import (
     laplacian_control,
+    laplacian_determinants,
     laplacian_elementwise,
     laplacian_moves,
     laplacian_opaque,
@@ -53,11 +54,6 @@ class Forward(Emit):
         self._borrowed = borrowed
         self._counted: set[Node] = set()
 
-    def constant(self, node: Node) -> Any:
-        value = super().constant(node)
-        # Double precision in NumPy may be single here.
-        return value.astype(node.aval.dtype) if isinstance(value, np.ndarray) else value
-
     def bind(self, node: Node, *values: Any) -> Sequence[Any]:
         """The operation itself on arrays."""
         return Emit.default(self, node, *values)
@@ -69,7 +65,7 @@ class Forward(Emit):
             return self.bind(node, *map(primal, inputs))
         with _jax.at_source(node.source, node.context):
             if laplacian_opaque.is_slogdet(node):
-                return laplacian_products.slogdet(self, node, *inputs)
+                return laplacian_determinants.slogdet(self, node, *inputs)
             return self.table.get(node.op, type(self).opaque)(self, node, *inputs)
 
     def _known(self, node: Node, *inputs: Any) -> Sequence[Any]:

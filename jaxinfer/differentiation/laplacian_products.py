@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer.differentiation.laplacian_blocks import Block, compress, is_disjoint, occurring
-from jaxinfer.differentiation.laplacian_sums import over_axes, summed, without_axes
+from jaxinfer.differentiation.laplacian_blocks import Block, compress, occurring
+from jaxinfer.differentiation.laplacian_sums import over_axes, without_axes
 from jaxinfer.differentiation.laplacian_terms import Term, Triple, added, is_active, merged, primal, triple
 from jaxinfer.graph import Node
 
@@ -92,7 +92,20 @@ def dot_general(domain: Any, node: Node, a: Any, b: Any) -> Sequence[Any]:
             )
         )
         lap = added(lap, None if both is None else 2 * both)
-    return [triple(value, terms, lap)]
+    found = triple(value, terms, lap)
+    if is_active(a) != is_active(b):
+        image = Image(a, product, b) if is_active(a) else Image(b, product.swapped, a)
+        found = replace(found, image=image)
+    return [found]
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A value that is the product of another, on the left, with something that does not depend on the inputs."""
+
+    source: Triple
+    product: Product
+    other: Any
 
 
 def _parts(letters: str, product: Product, x: Triple) -> Sequence[Term]:
@@ -253,48 +266,6 @@ def triangular_solve(domain: Any, node: Node, a: Any, b: Any) -> Sequence[Any]:
     if is_active(a):
         return domain.opaque(node, a, b)
     return [domain.jointly(domain.bind(node, a, b.value)[0], lambda y: domain.bind(node, a, y)[0], b)]
-
-
-# -- determinants -----------------------------------------------------------------------------------------------------
-
-
-def slogdet(domain: Any, node: Node, x: Triple) -> Sequence[Any]:
-    """L(log|det A|) = tr(A⁻¹ L(A)) − Σᵢ tr((A⁻¹ Jᵢ)²), where Jᵢ(log|det A|) = tr(A⁻¹ Jᵢ).
-
-    Where each input is in one row of A only, or in one column, Jᵢ has rank one, and (tr A⁻¹ Jᵢ)² is the second trace.
-    """
-    a = x.value
-    sign, value, inverse = _factored_inverse(a)
-    rank, block = a.ndim, x.block
-    lap = None if x.laplacian is None else jnp.einsum("...ij,...ji->...", inverse, x.laplacian)
-    for along, across in ((-2, -1), (-1, -2)):
-        rows = block.rows
-        if rows.shape[across] == 1 and rows.shape[along] > 1 and is_disjoint(rows, [rank + along]):
-            traces = jnp.sum(block.full * jnp.swapaxes(inverse, -1, -2), across)
-            terms = (Term(None, Block(traces, without_axes(rows, [rank + across]), traces.shape[1:])),)
-            slope = summed(Triple(jnp.zeros(traces.shape[1:], a.dtype), terms), value, [rank - 2])
-            return [sign, triple(value, slope.terms, added(lap, -jnp.sum(traces * traces, (0, -1))))]
-    block = block.as_uniform()
-    solved = jnp.einsum("...ij,k...jl->k...il", inverse, block.full)
-    slope = jnp.trace(solved, axis1=-2, axis2=-1)
-    quadratic = jnp.einsum("k...ij,k...ji->...", solved, solved)
-    rows = block.rows.reshape(block.count, *(1,) * (rank - 2))
-    return [sign, triple(value, [Term(None, Block(slope, rows, value.shape))], added(lap, -quadratic))]
-
-
-def _factored_inverse(a: Any) -> tuple[Any, Any, Any]:
-    """Sign, log|det| and inverse from one factorization."""
-    lu, pivots, order = lax.linalg.lu(a)
-    diagonal = jnp.diagonal(lu, axis1=-2, axis2=-1)
-    swaps = jnp.sum(pivots != jnp.arange(a.shape[-1], dtype=pivots.dtype), -1)
-    negative = jnp.sum(diagonal < 0, -1)
-    singular = jnp.any(diagonal == 0, -1)
-    parity = (1 - 2 * ((swaps + negative) % 2)).astype(a.dtype)
-    sign = jnp.where(singular, jnp.zeros((), a.dtype), parity)
-    value = jnp.where(singular, -jnp.inf, jnp.sum(jnp.log(jnp.abs(diagonal)), -1))
-    eye = (order[..., :, None] == jnp.arange(a.shape[-1], dtype=order.dtype)).astype(a.dtype)
-    lower = lax.linalg.triangular_solve(lu, eye, left_side=True, lower=True, unit_diagonal=True)
-    return sign, value, lax.linalg.triangular_solve(lu, lower, left_side=True, lower=False)
 
 
 RULES: Mapping[str, Rule] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -58,11 +58,13 @@ class Triple:
         value: an array of shape s.
         terms: the Jacobian, a sum.
         laplacian: Σᵢ ∂²value/∂xᵢ², an array of shape s, or None where it is zero.
+        image: how the value came about, where that may spare its Jacobian: see `laplacian_products.Image`.
     """
 
     value: Any
     terms: Terms
     laplacian: Any = None
+    image: Any = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
