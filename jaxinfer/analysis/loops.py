@@ -118,6 +118,7 @@ def cut(
     inputs: Sequence[Value],
     same: Mapping[Value, Value] | None = None,
     out_avals: Sequence[Any] = (),
+    also: Sequence[Node] = (),
 ) -> Graph:
     """The program that computes some values of a graph from others.
 
@@ -126,6 +127,7 @@ def cut(
         inputs: what it is given; distinct values.
         same: values in the place of which others are used.
         out_avals: types of the outputs; by default those of the values.
+        also: operations with effects that it has besides, in their order.
 
     Raises:
         ValueError: if the outputs depend on an input of the graph that is not given.
@@ -138,23 +140,32 @@ def cut(
         value = same.get(value, value)
         return value if value.node.is_const else env[value]
 
-    stack = list(reversed(outputs))
-    while stack:
-        value = same.get(stack[-1], stack[-1])
-        if value in env or value.node.is_const:
-            stack.pop()
-            continue
-        node = value.node
-        if node.op == "input":
-            raise ValueError(f"the outputs depend on {node!r}, which is not given")
-        operands = [same.get(v, v) for v in node.inputs]
-        missing = [v for v in operands if v not in env and not v.node.is_const]
-        if missing:
-            stack.extend(reversed(missing))
-            continue
+    def copy(node: Node) -> None:
         new = builder.copy(node, [read(v) for v in node.inputs])
         for i in range(len(node.avals)):
             env.setdefault(Value(node, i), Value(new, i))
+
+    def compute(values: Sequence[Value]) -> None:
+        stack = list(reversed(values))
+        while stack:
+            value = same.get(stack[-1], stack[-1])
+            if value in env or value.node.is_const:
+                stack.pop()
+                continue
+            node = value.node
+            if node.op == "input":
+                raise ValueError(f"the outputs depend on {node!r}, which is not given")
+            operands = [same.get(v, v) for v in node.inputs]
+            missing = [v for v in operands if v not in env and not v.node.is_const]
+            if missing:
+                stack.extend(reversed(missing))
+            else:
+                copy(node)
+
+    for node in also:
+        compute(node.inputs)
+        copy(node)
+    compute(outputs)
     found = [read(v) for v in outputs]
     return builder.build(found, out_avals=tuple(out_avals) or tuple(v.aval for v in outputs))
 

@@ -2,12 +2,13 @@
 
 A body and its pullback are traced together as one program and split: what depends on cotangents waits. Of the rest,
 what the waiting part reads is kept: values that change from step to step as rows of a new result of the loop; rows of
-xs and loop constants are there anyway, and what depends on constants alone is computed once.
+xs and ys and loop constants are there anyway, what depends on constants alone is computed once, and what follows from
+kept values by a few cheap operations is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,15 @@ from jaxinfer.graph.emit import Emit
 Vjp = Callable[..., tuple[list[Any], Callable[[Sequence[Any]], Sequence[Any]]]]
 
 
-def joint(vjp: Vjp, body: Graph, active: Sequence[bool], live: Sequence[bool], wanted: Sequence[bool]) -> Split:
+def joint(
+    vjp: Vjp,
+    body: Graph,
+    active: Sequence[bool],
+    live: Sequence[bool],
+    wanted: Sequence[bool],
+    free: Collection[int],
+    steady: Collection[int] = (),
+) -> Split:
     """A body and its pullback, in two stages.
 
     Args:
@@ -35,6 +44,8 @@ def joint(vjp: Vjp, body: Graph, active: Sequence[bool], live: Sequence[bool], w
         active: which of its inputs are differentiated.
         live: which of its outputs get a cotangent.
         wanted: which inputs' cotangents are asked for; zeros are filled in where nothing comes back.
+        free: positions of inputs that can be read again at no cost.
+        steady: positions of inputs that are the same in all steps.
 
     Returns:
         Early: inputs → outputs, residuals. Late: what it keeps and the live cotangents → the wanted cotangents.
@@ -50,7 +61,7 @@ def joint(vjp: Vjp, body: Graph, active: Sequence[bool], live: Sequence[bool], w
     cotangents = [a for a, is_live in zip(body.out_avals, live) if is_live]
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cotangents]
     graph = trace_function(both, *(n.aval for n in body.inputs), *structs, keep_custom=True)
-    return split(graph, count, len(body.outputs))
+    return split(graph, count, len(body.outputs), free, steady)
 
 
 # -- scan -------------------------------------------------------------------------------------------------------------
@@ -74,51 +85,80 @@ def scan(
     moves, out_moves = carried_activity(body, active, consts, carries)
     live = _live_outputs(body, moves, [u and m for u, m in zip(useful, out_moves)], consts, carries)
     wanted = [m and (i < first or i >= last or live[i - first]) for i, m in enumerate(moves)]
-    parts = joint(vjp, body, moves, live, wanted)
+    free = [i for i in range(len(body.inputs)) if not first <= i < last]
+    parts = joint(vjp, body, moves, live, wanted, free, range(consts))
 
-    once = _computed_once(parts, len(node.avals), consts)
-    fixed, length = list(primals[:consts]), node.params["length"]
+    count, fixed, length = len(node.avals), list(primals[:consts]), node.params["length"]
     options = {"length": length if isinstance(length, int) else None, "unroll": node.params["unroll"]}
-    constants = run(_residuals(parts, len(node.avals), once, consts), emit.weights, *fixed)
-    forward = emit.body(parts.early)
+    plan, once = _plan(parts, count, consts, carries)
+    constants = run(_residuals(parts, count, once, consts), emit.weights, *fixed)
+    forward, backward = emit.body(parts.early), emit.body(parts.late)
+
+    def pick(kind: str, values: Sequence[Any]) -> list[Any]:
+        return [values[i] for k, i in plan if k == kind]
 
     def step(carry: Any, row: Any) -> tuple[Any, Any]:
         found = forward(*fixed, *carry, *row)
-        outs, residuals = found[: len(node.avals)], found[len(node.avals) :]
-        kept = [x for i, x in enumerate(residuals) if i not in once]
-        before = [carry[i - first] for i in parts.again if first <= i < last]
-        return outs[:carries], (outs[carries:], kept, before)
+        return found[:carries], (found[carries:count], pick("carry", carry), pick("residual", found[count:]))
 
     init = [_jax.with_aval(x, n.aval) for x, n in zip(primals[first:last], body.inputs[first:last])]
     with _jax.at_source(node.source, node.context):
-        final, (ys, kept, before) = lax.scan(step, init, primals[last:], reverse=node.params["reverse"], **options)
+        final, (ys, before, kept) = lax.scan(step, init, primals[last:], reverse=node.params["reverse"], **options)
     outs = [*final, *ys]
-    rows = [primals[i] for i in parts.again if i >= last]
+    rows = {"row": pick("row", primals[last:]), "y": pick("y", ys), "carry": before, "residual": kept}
 
     def back_step(carry: Any, row: Any) -> tuple[Any, Any]:
-        totals, moving = carry
-        again, residuals, carried, ct_rows = map(iter, row)
-        operands = [fixed[i] if i < first else next(carried) if i < last else next(again) for i in parts.again]
-        same = iter(constants)
-        operands += [next(same) if i in once else next(residuals) for i in range(len(parts.residuals))]
-        back = iter(emit.body(parts.late)(*operands, *(ct for ct in (*moving, *ct_rows) if ct is not None)))
+        (totals, moving), (values, ct_rows) = carry, row
+        sources = {
+            "fixed": iter(pick("fixed", fixed)),
+            "once": iter(constants),
+            **{k: iter(v) for k, v in values.items()},
+        }
+        operands = [next(sources[kind]) for kind, _ in plan]
+        back = iter(backward(*operands, *(ct for ct in (*moving, *ct_rows) if ct is not None)))
         found = [next(back) if w else None for w in wanted]
         totals = [add(total, ct) for total, ct in zip(totals, found)]
         return (totals, found[first:last]), found[last:]
 
     def pull(cotangents: Sequence[Any]) -> list[Any]:
         given = [filled(ct, x) if is_live else None for ct, x, is_live in zip(cotangents, outs, live)]
-        sums = [zeros_of(x) if w else None for x, w in zip(fixed, wanted)]
+        start = ([zeros_of(x) if w else None for x, w in zip(fixed, wanted)], given[:carries])
         (totals, moving), back_rows = lax.scan(
-            back_step,
-            (sums, given[:carries]),
-            (rows, kept, before, given[carries:]),
-            reverse=not node.params["reverse"],
-            **options,
+            back_step, start, (rows, given[carries:]), reverse=not node.params["reverse"], **options
         )
         return [*totals, *moving, *back_rows]
 
     return outs, pull
+
+
+def _plan(parts: Split, count: int, consts: int, carries: int) -> tuple[list[tuple[str, int]], set[int]]:
+    """Where each operand that the late stage keeps comes from.
+
+    Args:
+        parts: the body and its pullback.
+        count: number of the body's results.
+        consts: number of loop constants.
+        carries: number of carries.
+
+    Returns:
+        A kind and a position for each: a loop constant (fixed), a row of xs (row) or of ys (y), which are there anyway,
+        the carry before the step (carry), something else of the step (residual), or what is the same in all steps
+        (once); and the positions of the last among the residuals.
+    """
+    once = _computed_once(parts, count, consts)
+    ys = {v: i for i, v in reversed(list(enumerate(parts.early.outputs[carries:count])))}
+    plan = []
+    for i in parts.again:
+        value = Value(parts.early.inputs[i], 0)
+        if i < consts:
+            plan.append(("fixed", i))
+        elif i >= consts + carries:
+            plan.append(("row", i - consts - carries))
+        else:
+            plan.append(("y", ys[value]) if value in ys else ("carry", i - consts))
+    for i, value in enumerate(parts.early.outputs[count:]):
+        plan.append(("once", i) if i in once else ("y", ys[value]) if value in ys else ("residual", i))
+    return plan, once
 
 
 def _live_outputs(body: Graph, moves: Sequence[bool], live: Sequence[bool], consts: int, carries: int) -> list[bool]:
@@ -162,7 +202,7 @@ def cond(
     wanted, count = list(active[1:]), len(node.avals)
     moves = [any(found) for found in zip(*(active_outputs(b, wanted) for b in branches))]
     live = [u and m for u, m in zip(useful, moves)]
-    parts = [joint(vjp, branch, wanted, live, wanted) for branch in branches]
+    parts = [joint(vjp, branch, wanted, live, wanted, range(len(operands))) for branch in branches]
     types, places = _places(parts)
 
     def taken(part: Split, mine: Sequence[int]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from jaxinfer.analysis.loops import cut
@@ -26,7 +26,18 @@ class Split:
     residuals: tuple[Value, ...]
 
 
-def split(graph: Graph, count: int, outputs: int) -> Split:
+# Operations that only arrange the elements of their operand, or repeat them: what they are applied to is kept instead.
+_VIEWS = frozenset("broadcast_in_dim expand_dims reshape squeeze transpose".split())
+# Known values that these give are made again and not kept.
+_MADE = _VIEWS | {"convert_element_type", "iota"}
+# What these few give of values that are there anyway is computed again, which costs less than storing and reading it.
+_CHEAP = _MADE | frozenset(
+    "add and clamp eq ge gt integer_pow is_finite le lt max min mul ne neg not or select_n sign square sub xor".split()
+)
+_FEW = 8
+
+
+def split(graph: Graph, count: int, outputs: int, free: Collection[int] = (), steady: Collection[int] = ()) -> Split:
     """Splits a program.
 
     Args:
@@ -34,6 +45,9 @@ def split(graph: Graph, count: int, outputs: int) -> Split:
             inputs only, then late ones.
         count: number of early inputs.
         outputs: number of early outputs.
+        free: positions of early inputs that the late stage can read at no cost.
+        steady: positions of early inputs that are the same whenever the program runs. What follows from these alone
+            is kept and not computed again, as it is computed once.
     """
     early_inputs = [Value(n, 0) for n in graph.inputs[:count]]
     late_inputs = [Value(n, 0) for n in graph.inputs[count:]]
@@ -41,12 +55,12 @@ def split(graph: Graph, count: int, outputs: int) -> Split:
     for node in graph.nodes:
         if any(v.node in late for v in node.inputs):
             late.add(node)
-    kept: dict[Value, None] = {}
-    needed = _needed(graph.outputs[outputs:], late)
-    for node in graph.nodes:
-        if node in needed and node in late:
-            kept.update((v, None) for v in node.inputs if v.node not in late and not v.node.is_const)
-    kept.update((v, None) for v in graph.outputs[outputs:] if v.node not in late and not v.node.is_const)
+    effects = [n for n in graph.nodes if n.effects]
+    late_effects = [n for n in effects if n in late]
+    needed = _needed([*graph.outputs[outputs:], *(v for n in late_effects for v in n.inputs)], late)
+    needed.update(late_effects)
+    kept = _kept(graph, [v for n in graph.nodes if n in needed for v in n.inputs], graph.outputs[outputs:], late)
+    kept = _least(kept, [early_inputs[i] for i in free], _following(graph, [early_inputs[i] for i in steady]))
     inputs = set(early_inputs)
     again = tuple(i for i, v in enumerate(early_inputs) if v in kept)
     residuals = tuple(v for v in kept if v not in inputs)
@@ -56,15 +70,75 @@ def split(graph: Graph, count: int, outputs: int) -> Split:
             [*graph.outputs[:outputs], *residuals],
             early_inputs,
             out_avals=[*avals[:outputs], *(v.aval for v in residuals)],
+            also=[n for n in effects if n not in late],
         ),
         cut(
             graph.outputs[outputs:],
             [*(early_inputs[i] for i in again), *residuals, *late_inputs],
             out_avals=avals[outputs:],
+            also=late_effects,
         ),
         again,
         residuals,
     )
+
+
+def _kept(graph: Graph, operands: Sequence[Value], outputs: Sequence[Value], late: set[Node]) -> dict[Value, None]:
+    """The early values that late operations read, in order, traced back to what is least to keep."""
+    made: set[Node] = set()
+    for node in graph.nodes:
+        if node.op in _MADE and all(v.node.is_const or v.node in made for v in node.inputs):
+            made.add(node)
+    kept: dict[Value, None] = {}
+    for value in (*operands, *outputs):
+        node = value.node
+        if node in late or node.is_const:
+            continue
+        while node.op in _VIEWS and len(node.inputs) == 1 and node not in made:
+            value = node.inputs[0]
+            node = value.node
+        if node not in made and not node.is_const:
+            kept[value] = None
+    return kept
+
+
+def _following(graph: Graph, values: Sequence[Value]) -> set[Node]:
+    """The operations that depend on some inputs alone."""
+    found = {v.node for v in values}
+    for node in graph.nodes:
+        if node.is_pure and all(v.node.is_const or v.node in found for v in node.inputs):
+            found.add(node)
+    return found - {v.node for v in values}
+
+
+def _least(kept: dict[Value, None], free: Sequence[Value], steady: set[Node]) -> dict[Value, None]:
+    """The kept values without those that follow from others by a few cheap operations."""
+    found = dict.fromkeys((*kept, *free))
+    read = {v: None for v in free if v in kept}
+    for value in reversed(kept):
+        if (sources := _sources(value, found, steady)) is not None:
+            del found[value]
+            read.update((v, None) for v in sources if v in free)
+    return {v: None for v in found if v in read or v not in free}
+
+
+def _sources(value: Value, found: Collection[Value], steady: set[Node]) -> set[Value] | None:
+    """Which of the values found a value follows from by a few cheap operations, None where it does not."""
+    sources: set[Value] = set()
+    seen: set[Value] = set()
+    stack = [value]
+    while stack:
+        current = stack.pop()
+        if current in seen or current.node.is_const:
+            continue
+        seen.add(current)
+        if current in found and current != value:
+            sources.add(current)
+        elif current.node.op in _CHEAP and current.node not in steady and len(seen) - len(sources) <= _FEW:
+            stack.extend(current.node.inputs)
+        else:
+            return None
+    return sources
 
 
 def _needed(outputs: Sequence[Value], late: set[Node]) -> set[Node]:
