@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.linear import rebind
+from jaxinfer.differentiation.linear import operation_on
 from jaxinfer.differentiation.rules import PullbackRule, TangentRule, add
 from jaxinfer.graph import Node
 
 
 def _tangent(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
     (x, y), (dx, dy) = primals, tangents
-    left = None if dx is None else rebind(node, dx, y)[0]
-    return [left if dy is None else add(left, rebind(node, x, dy)[0])]
+    left = None if dx is None else operation_on(node, dx, y)[0]
+    return [left if dy is None else add(left, operation_on(node, x, dy)[0])]
 
 
 def _like(ct: Any, primal: Any) -> Any:

@@ -20,7 +20,7 @@ from jaxinfer.differentiation.rules import PullbackRule, TangentRule, filled, un
 from jaxinfer.graph import Node
 
 
-def rebind(node: Node, *operands: Any) -> list[Any]:
+def operation_on(node: Node, *operands: Any) -> list[Any]:
     """The same operation on other operands."""
     return _jax.bind(node.primitive, operands, dict(node.params))
 
@@ -35,7 +35,7 @@ def zero(like: Any) -> Any:
 
 def _applied(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
     """The operation itself; operands after the first, such as indices, have no tangents."""
-    return rebind(node, tangents[0], *primals[1:])
+    return operation_on(node, tangents[0], *primals[1:])
 
 
 def _passed(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
@@ -121,7 +121,7 @@ def _put(x: Any, update: Any, starts: Sequence[Any]) -> Any:
 
 
 def _all_filled(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
-    return rebind(node, *map(filled, tangents, primals))
+    return operation_on(node, *map(filled, tangents, primals))
 
 
 def _joined(pieces: Sequence[Any], likes: Sequence[Any], axis: int) -> Any:
@@ -179,7 +179,7 @@ def _unstack_pullback(
 
 def _each(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
     """Result i is operand i, whatever the operation does besides."""
-    found = iter(rebind(node, *(t for t in tangents if t is not None)))
+    found = iter(operation_on(node, *(t for t in tangents if t is not None)))
     return [None if t is None else next(found) for t in tangents]
 
 
@@ -191,7 +191,7 @@ def _each_back(
 
 def _pad_tangent(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
     moving, value = tangents
-    return rebind(node, filled(moving, primals[0]), zero(primals[1]) if value is None else value)
+    return operation_on(node, filled(moving, primals[0]), zero(primals[1]) if value is None else value)
 
 
 def _pad_pullback(
@@ -241,7 +241,7 @@ def _select_pullback(
 
 
 def _select_tangent(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
-    return rebind(node, primals[0], *map(filled, tangents[1:], primals[1:]))
+    return operation_on(node, primals[0], *map(filled, tangents[1:], primals[1:]))
 
 
 def _update_pullback(
@@ -259,7 +259,7 @@ def _update_pullback(
 
 
 def _update_tangent(node: Node, primals: Sequence[Any], outs: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
-    return rebind(node, *map(filled, tangents[:2], primals[:2]), *primals[2:])
+    return operation_on(node, *map(filled, tangents[:2], primals[:2]), *primals[2:])
 
 
 # -- complex numbers --------------------------------------------------------------------------------------------------
@@ -290,12 +290,12 @@ _ONE_OPERAND: Mapping[str, Callable[[Node, Any, Any], Any]] = {
     "convert_element_type": lambda node, x, ct: _real_if(_jax.aval_of(x).dtype, ct),
     "cumsum": lambda node, x, ct: lax.cumsum(ct, node.params["axis"], reverse=not node.params["reverse"]),
     "imag": lambda node, x, ct: lax.complex(zero(ct), lax.neg(ct)),
-    "layout_constraint": lambda node, x, ct: rebind(node, ct)[0],
+    "layout_constraint": lambda node, x, ct: operation_on(node, ct)[0],
     "real": lambda node, x, ct: lax.complex(ct, zero(ct)),
     "reduce_sum": _unsummed,
     "reshape": _unreshaped,
     "rev": lambda node, x, ct: lax.rev(ct, node.params["dimensions"]),
-    "sharding_constraint": lambda node, x, ct: rebind(node, ct)[0],
+    "sharding_constraint": lambda node, x, ct: operation_on(node, ct)[0],
     "slice": _unsliced,
     "squeeze": lambda node, x, ct: lax.reshape(ct, jnp.shape(x)),
     "tile": _untiled,
