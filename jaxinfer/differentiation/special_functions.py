@@ -80,6 +80,17 @@ def _beta_density(node: Node, primals: Sequence[Any], outs: Sequence[Any]) -> Sl
     return lax.exp(lax.sub(powers, log_beta))
 
 
+def _random_gamma(node: Node, primals: Sequence[Any], outs: Sequence[Any]) -> Slope:
+    """How a sample moves with the shape parameter, at the same place of the distribution function."""
+    _, a = primals
+    (sample,) = outs
+    if not node.params["log_space"]:
+        return lax.random_gamma_grad(a, sample)
+    # A logarithm below the smallest number's is taken for that number's.
+    value = lax.max(lax.exp(sample), constant(sample, float(jnp.finfo(sample.dtype).tiny)))
+    return lax.div(lax.random_gamma_grad(a, value), value)
+
+
 def _zeta(node: Node, primals: Sequence[Any], outs: Sequence[Any]) -> Slope:
     s, q = primals
     return lax.neg(lax.mul(s, lax.zeta(lax.add(s, constant(s, 1)), q)))
@@ -129,6 +140,7 @@ PARTIALS: Mapping[str, tuple[Partial, ...]] = {
         lambda node, primals, outs: lax.neg(lax.igamma_grad_a(*primals)),
         lambda node, primals, outs: lax.neg(_gamma_density(node, primals, outs)),
     ),
+    "random_gamma": (lambda node, primals, outs: None, _random_gamma),
     "regularized_incomplete_beta": (_refused("betainc", "a"), _refused("betainc", "b"), _beta_density),
     "zeta": (_refused("zeta", "the exponent"), _zeta),
     "bessel_i0e": unary(_bessel_i0e),

@@ -75,6 +75,11 @@ def test_gamma_and_beta_functions():
     check(together(lax.bessel_i0e, lax.bessel_i1e, lax.erf, lax.erfc), np.append(X, [0.0, 1e-20]), ours=OURS)
 
 
+def test_samples_of_the_gamma_distribution():
+    key = jax.random.key(0)
+    check(together(lambda a: jax.random.gamma(key, a), lambda a: jax.random.loggamma(key, a)), P[0], order=1, ours=OURS)
+
+
 def test_zeta_by_differences():
     q, h = np.array([0.7, 2.5]), 1e-5
     s = np.array([3.0, 1.5])
