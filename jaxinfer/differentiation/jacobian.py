@@ -21,6 +21,7 @@ from jaxinfer.differentiation.forward import Dual, Forward
 from jaxinfer.differentiation.program import Derivation, Traced
 from jaxinfer.differentiation.reverse import vjp as run_vjp
 from jaxinfer.differentiation.rules import filled
+from jaxinfer.differentiation.sparse import SparseDerivative, sparse_hessian, sparse_jacobian
 from jaxinfer.differentiation.transform import Derivative, grad
 from jaxinfer.graph import interpret
 
@@ -33,8 +34,9 @@ def jacobian(
     has_aux: bool = False,
     holomorphic: bool = False,
     allow_int: bool = False,
+    sparse: bool = False,
     mode: Mode = "auto",
-) -> Derivative:
+) -> Derivative | SparseDerivative:
     """A function that computes a Jacobian; as ``jax.jacobian``.
 
     Args:
@@ -43,6 +45,8 @@ def jacobian(
         has_aux: whether ``fun`` returns a pair.
         holomorphic: promises that ``fun`` is holomorphic; arguments and result are complex then.
         allow_int: permits integer arguments, whose derivatives are zeros of dtype float0.
+        sparse: return ``jax.experimental.sparse.BCOO`` arrays with a static pattern; see
+            :func:`jaxinfer.differentiation.sparse.sparse_jacobian` for what can be inspected.
         mode: ``"forward"`` (a direction for each element of the arguments), ``"reverse"`` (one for each element of the
             result), or ``"auto"``: whichever needs fewer.
 
@@ -62,6 +66,8 @@ def jacobian(
     """
     if mode not in ("auto", "forward", "reverse"):
         raise ValueError(f"mode={mode!r}: use 'auto', 'forward' or 'reverse'")
+    if sparse:
+        return sparse_jacobian(fun, argnums, has_aux, holomorphic, mode)
 
     def derive(traced: Traced) -> Derivation:
         build = _forward if mode == "forward" or (mode == "auto" and _forward_is_less(traced)) else _reverse
@@ -81,7 +87,8 @@ def hessian(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     holomorphic: bool = False,
-) -> Derivative:
+    sparse: bool = False,
+) -> Derivative | SparseDerivative:
     """A function that computes the Hessian of a scalar function, forward over reverse; as ``jax.hessian``.
 
     Args, errors: those of :func:`jacobian`.
@@ -96,6 +103,8 @@ def hessian(
         >>> autoinfer.hessian(lambda x: x[0] ** 2 * x[1])(jnp.array([1.0, 2.0])).tolist()
         [[4.0, 2.0], [2.0, 0.0]]
     """
+    if sparse:
+        return sparse_hessian(fun, argnums, has_aux, holomorphic)
     gradient = grad(fun, argnums, has_aux, holomorphic)
     return jacobian(gradient, argnums, has_aux, holomorphic, mode="forward")
 

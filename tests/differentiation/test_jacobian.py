@@ -102,3 +102,19 @@ def test_the_hessian_of_a_quadratic_form_is_a_sum():
     graph = autoinfer.hessian(form).graph(X, W)
     assert graph.count("dot_general") == 0 and graph.count("add", "add_any") == 1
     assert_same(autoinfer.hessian(form)(X, W), W + W.T)
+
+
+# -- sparse -----------------------------------------------------------------------------------------------------------
+
+
+def test_sparse_matrices_are_the_dense_ones():
+    def step(u):
+        return u[1:-1] + 0.1 * (u[2:] - 2 * u[1:-1] + u[:-2]) - u[1:-1] ** 2
+
+    def chain(u):
+        return jnp.sum((u[1:] - u[:-1] ** 2) ** 2)
+
+    jacobian, hessian = autoinfer.jacobian(step, sparse=True)(X), autoinfer.hessian(chain, sparse=True)(X)
+    assert jacobian.nse == 3 * (N - 2) and hessian.nse == 3 * N - 2
+    assert_same(jacobian.todense(), jax.jacobian(step)(X))
+    assert_same(hessian.todense(), jax.hessian(chain)(X))
