@@ -188,6 +188,8 @@ def color_symmetric(pattern: Pattern) -> Coloring:
     matrix = pattern.matrix()
     if pattern.shape[0] != pattern.shape[1] or (matrix != matrix.T).nnz:
         raise ValueError(f"a star colouring needs a symmetric pattern, not this one of shape {pattern.shape}")
+    if not pattern.nnz:
+        return Coloring.empty(pattern)
     colors = star_coloring(pattern)
     # Columns that share no row are a special case of a star colouring, which greedy orders may miss.
     if _longest(pattern.rows) <= colors.max(initial=-1):

@@ -256,7 +256,7 @@ def _scatter_add(node: Node, edges: Sequence[Edge]) -> Found:
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         "broadcast_in_dim concatenate copy copy_p dynamic_slice dynamic_update_slice expand_dims gather pad reshape "
-        "rev scatter select_n slice split squeeze stack tile transpose".split(),
+        "rev scatter select_n slice split squeeze stack tile transpose unstack".split(),
         _movement,
     ),
     **dict.fromkeys("add add_any sub".split(), _sum),

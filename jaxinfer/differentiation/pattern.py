@@ -167,14 +167,16 @@ def tidy(rows: sparse.csr_array) -> sparse.csr_array:
     """
     if rows.nnz > _MOST_ENTRIES:
         raise TooDense
-    data = rows.data
+    # Matrices share arrays, so nothing is changed in place; products leave room for sums that turned out to be zero.
+    data, indices = rows.data[: rows.nnz], rows.indices[: rows.nnz]
     exact = (np.abs(data) <= _LARGEST) & (data * _UNIT == np.rint(data * _UNIT))
     if not exact.all():
-        rows.data = np.where(exact, data, SOMETHING)
-    if not np.all(data):
-        rows.eliminate_zeros()
-    rows.sort_indices()
-    return rows
+        data = np.where(exact, data, SOMETHING)
+    kept = data != 0
+    indptr = np.concatenate([[0], np.cumsum(kept)])[rows.indptr]
+    found = sparse.csr_array((data[kept], indices[kept], indptr), shape=rows.shape)
+    found.sort_indices()
+    return found
 
 
 def blurred(rows: sparse.csr_array) -> sparse.csr_array:

@@ -182,11 +182,13 @@ def make_plan(program: Program, symmetric: bool, method: Method) -> Plan:
     Raises:
         ValueError: the method that was asked for does not do for this function.
     """
-    try:
-        pattern, can_push = linear_pattern(*program.linear_program(reverse=False)), True
-    except TypeError:
-        # Some custom rules are there for reverse mode only.
-        pattern, can_push = linear_pattern(*program.linear_program(reverse=True)).transposed(), False
+    graph, linear = program.linear_program(reverse=False)
+    # This stands for a custom rule that is there for reverse mode only.
+    can_push = not graph.count("custom_lin")
+    if can_push:
+        pattern = linear_pattern(graph, linear)
+    else:
+        pattern = linear_pattern(*program.linear_program(reverse=True)).transposed()
     if symmetric and can_push:
         pattern = pattern.symmetric()
     plan = Plan(program, pattern, symmetric and can_push, can_push, True)

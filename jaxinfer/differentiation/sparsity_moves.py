@@ -48,6 +48,8 @@ def origins(node: Node, inputs: Sequence[Flow]) -> list[np.ndarray] | None:
             return [np.arange(size(node.aval))]
         found = NUMPY[node.op](node, *numbers(node))
         return [np.asarray(x).reshape(-1) for x in (found if node.op == "split" else [found])]
+    if node.op == "unstack":
+        return [x.reshape(-1) for x in np.moveaxis(numbers(node)[0], node.params["axis"], 0)]
     rule = _POSITIONED.get(node.op)
     return None if rule is None else rule(node, inputs)
 

@@ -289,7 +289,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys("complex conj clamp real imag".split(), _elementwise),
     **dict.fromkeys(
         "broadcast_in_dim concatenate convert_element_type copy copy_p expand_dims optimization_barrier pad "
-        "reduce_precision reshape rev slice split squeeze stack tile transpose".split(),
+        "reduce_precision reshape rev slice split squeeze stack tile transpose unstack".split(),
         _moves,
     ),
     **dict.fromkeys(("scatter-add", "scatter_add"), _scatter),
