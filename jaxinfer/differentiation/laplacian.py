@@ -64,8 +64,8 @@ class Forward(Emit):
         if not any(hasattr(a, "dtype") and _jax.is_inexact(a.dtype) for a in node.avals):
             return self.bind(node, *map(primal, inputs))
         with _jax.at_source(node.source, node.context):
-            if laplacian_opaque.is_slogdet(node):
-                return laplacian_determinants.slogdet(self, node, *inputs)
+            if (axis := laplacian_opaque.slogdet_axis(node)) is not None:
+                return laplacian_determinants.slogdet(inputs[0], axis)
             return self.table.get(node.op, type(self).opaque)(self, node, *inputs)
 
     def _known(self, node: Node, *inputs: Any) -> Sequence[Any]:

@@ -13,17 +13,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.differentiation.laplacian_blocks import Block, is_disjoint
+from jaxinfer.differentiation.laplacian_moves import through_moves
 from jaxinfer.differentiation.laplacian_products import Image
 from jaxinfer.differentiation.laplacian_sums import summed, without_axes
 from jaxinfer.differentiation.laplacian_terms import Term, Triple, added, triple
-from jaxinfer.graph import Node
 
 
-def slogdet(domain: Any, node: Node, x: Triple) -> Sequence[Any]:
-    """Sign and log|det A|, from one factorization of A."""
+def slogdet(x: Triple, leading: int) -> Sequence[Any]:
+    """Sign and log|det A|, from one factorization of A; the axis `leading` comes first in the results."""
+    if leading:
+        value = jnp.moveaxis(x.value, leading, 0)
+        x = through_moves(x, value, ("lead", leading), lambda t, _: t.transpose(_led(t.ndim, 1 + leading)))
     sign, value, inverse = _factored_inverse(x.value)
     found = _by_rows(x, value, inverse)
     return [sign, _dense(x, value, inverse) if found is None else found]
+
+
+def _led(rank: int, axis: int) -> list[int]:
+    """The order of axes that puts one behind the first."""
+    return [0, axis, *(a for a in range(1, rank) if a != axis)]
 
 
 def _by_rows(x: Triple, value: Any, inverse: Any) -> Any:

@@ -34,6 +34,8 @@ Move = Callable[[Any, tuple[int, ...]], Any]
 def through_moves(x: Triple, value: Any, key: Any, move: Move) -> Any:
     """A value whose elements are elements of another."""
     shape = jnp.shape(value)
+    if 0 in shape:
+        return value
 
     def block(old: Block) -> Block:
         if key not in old.derived:
@@ -117,13 +119,9 @@ def _slice(node: Node) -> Move:
 
     def move(table: Any, shape: tuple[int, ...]) -> Any:
         chosen = [slice(None) if table.shape[1 + i] == 1 else cut for i, cut in enumerate(cuts)]
-        return table[(slice(None), *chosen)] if 0 not in node.aval.shape else _empty(table, node.aval.shape)
+        return table[(slice(None), *chosen)]
 
     return move
-
-
-def _empty(table: Any, shape: Sequence[int]) -> Any:
-    return (np if isinstance(table, np.ndarray) else jnp).zeros((table.shape[0], *shape), table.dtype)
 
 
 def _tile(node: Node) -> Move:

@@ -124,26 +124,41 @@ def _acts_on_elements(graph: Graph, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def is_slogdet(node: Node) -> bool:
-    """Whether a node is JAX's own `slogdet`, of which the closed form of both derivatives is known."""
+def slogdet_axis(node: Node) -> int | None:
+    """Of JAX's own `slogdet`, whose derivatives have closed forms: the axis that leads (batched: any); else None."""
     if node.op != "custom_jvp_call" or len(node.avals) != 2 or len(node.inputs) != 1:
-        return False
+        return None
     aval = node.inputs[0].aval
-    if len(aval.shape) < 2 or aval.shape[-1] != aval.shape[-2] or not jnp.issubdtype(aval.dtype, jnp.floating):
-        return False
-    return _custom_text(node.params) == _slogdet_text(tuple(aval.shape), np.dtype(aval.dtype))
+    if len(aval.shape) < 2 or not jnp.issubdtype(aval.dtype, jnp.floating):
+        return None
+    return _slogdet_texts(tuple(aval.shape), np.dtype(aval.dtype)).get(_custom_text(node.params))
 
 
 @functools.lru_cache(maxsize=64)
-def _slogdet_text(shape: tuple[int, ...], dtype: np.dtype) -> str:
-    jaxpr = _jax.make_jaxpr(lambda x: tuple(jnp.linalg.slogdet(x)), [jax.ShapeDtypeStruct(shape, dtype)])
-    stack = [jaxpr]
-    while stack:
-        for eqn in _jax.open_jaxpr(stack.pop())[0].eqns:
-            if _jax.operation(eqn.primitive) == "custom_jvp_call":
-                return _custom_text(eqn.params)
-            stack += [p for p in eqn.params.values() if hasattr(p, "jaxpr")]
-    return ""
+def _slogdet_texts(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, int]:
+    """The programs that `slogdet` has, called with leading axes or under `vmap`, and the axis that leads in each."""
+
+    def plain(x: Any) -> Any:
+        return tuple(jnp.linalg.slogdet(x))
+
+    ways: list[tuple[int, Callable[..., Any]]] = [(0, plain)]
+    for _ in shape[2:]:
+        ways.append((0, jax.vmap(ways[-1][1])))
+    if len(shape) == 3:
+        ways += [(axis, jax.vmap(plain, in_axes=axis)) for axis in (1, 2)]
+    texts: dict[str, int] = {}
+    for axis, fun in ways:
+        rest = [d for i, d in enumerate(shape) if i != axis or not axis]
+        if rest[-1] != rest[-2]:
+            continue
+        stack = [_jax.make_jaxpr(fun, [jax.ShapeDtypeStruct(shape, dtype)])]
+        while stack:
+            for eqn in _jax.open_jaxpr(stack.pop())[0].eqns:
+                if _jax.operation(eqn.primitive) == "custom_jvp_call":
+                    texts.setdefault(_custom_text(eqn.params), axis)
+                else:
+                    stack += [p for p in eqn.params.values() if hasattr(p, "jaxpr")]
+    return texts
 
 
 def _custom_text(params: Any) -> str:

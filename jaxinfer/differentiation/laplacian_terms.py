@@ -102,9 +102,9 @@ def primal(value: Any) -> Any:
 
 def triple(value: Any, terms: Sequence[Term], laplacian: Any) -> Any:
     """A value with what it carries; the value alone where its Jacobian is zero."""
-    if not terms:
-        return value
     shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if not terms or 0 in shape:
+        return value
     if laplacian is not None:
         laplacian = jnp.broadcast_to(laplacian, shape).astype(dtype)
     return Triple(value, simplified(terms), laplacian)

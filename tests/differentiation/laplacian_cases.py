@@ -142,6 +142,7 @@ MOVES: dict[str, Case] = {
     "stack": (lambda x: jnp.stack([x, jnp.sum(x) * x, jnp.zeros(4)], 1) ** 2, (4,)),
     "pad": (lambda x: jnp.pad(x**2, (1, 2)) * jnp.pad(jnp.sum(x) * x, (2, 1), constant_values=2.0), (4,)),
     "pad with a value": (lambda x: lax.pad(x**2, x[0] ** 2, ((1, 0, 1),)) ** 2, (3,)),
+    "nothing": (lambda x: jnp.concatenate([x[:0] ** 2, x**2]) + jnp.sum(jnp.sin(x[4:])), (4,)),
     "split": (lambda x: [a**2 * a[0] for a in jnp.split(x, [1, 3])], (4,)),
     "gather": (lambda x: x[np.array([0, 2, 2])] * x[1:] ** 2, (4,)),
     "gather, traced": (lambda x: (x**2)[jnp.argsort(x)] * x, (4,)),
@@ -195,6 +196,10 @@ PRODUCTS: dict[str, Case] = {
     "slogdet, dense": (_backflow, (4, 3)),
     "slogdet, batches": (lambda x: jnp.linalg.slogdet(x.reshape(2, 2, 2) ** 2 + x[0] * np.eye(2))[1], (8,)),
     "slogdet, batches of rows": (lambda x: jnp.linalg.slogdet(jnp.tanh(x @ W3)[None] * W4[:2, None])[1], (4, 3)),
+    "slogdet under vmap": (
+        lambda x: jax.vmap(lambda w: jnp.linalg.slogdet(jnp.tanh(x @ W3) @ w)[1])(np.stack([W4, W4.T])),
+        (4, 3),
+    ),
     "slogdet, elements": (lambda x: jnp.linalg.slogdet(x)[1], (3, 3)),
     "slogdet, sign": (lambda x: jnp.prod(jnp.stack(jnp.linalg.slogdet(x))), (3, 3)),
 }

@@ -85,7 +85,7 @@ SIZE = 4
 MATRIX = np.random.default_rng(1).normal(size=(SIZE, SIZE)) / SIZE
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(i, marks=pytest.mark.slow) for i in range(6, 40))])
 def test_random_programs(seed: int) -> None:
     source = random_program(seed)
     names: dict[str, Any] = {"jax": jax, "jnp": jnp, "A": MATRIX, "N": SIZE}
