@@ -92,7 +92,7 @@ def sparse(
         seconds: to spend on timing each pair.
         plots: a folder for drawings of the patterns, None for no drawings.
     """
-    sizes = dict(burgers=burgers, brusselator=brusselator, rosenbrock=rosenbrock, image=image)
+    sizes = {"burgers": burgers, "brusselator": brusselator, "rosenbrock": rosenbrock, "image": image}
     sizes = _TINY if request.tiny else sizes
     rows = [fresh(measure, name=n, sizes=sizes, dense=dense, seconds=seconds, plots=plots) for n in sizes]
     append(request.output, rows)
