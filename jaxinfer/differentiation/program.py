@@ -64,6 +64,8 @@ class Traced:
         argnums: Sequence[int],
         has_aux: bool,
     ):
+        self.in_tree: Any
+        self.out_tree: Any
         leaves, self.in_tree = jax.tree.flatten(tuple(args[i] for i in argnums))
 
         def flat(*values: Any) -> list[Any]:
