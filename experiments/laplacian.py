@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.differentiation.laplacian import laplacian as our_laplacian
+from jaxinfer import autoinfer
 from jaxinfer.experiments.process import fresh
 from jaxinfer.experiments.task import Request, Row, append, environment, speed_beside_itself, speed_cell, verdict_cell
 from jaxinfer.report import numbers
@@ -140,7 +140,7 @@ def _batched(of: Callable[[Callable[..., Any]], Callable[..., Any]], case: Probl
 
 
 def _ours(case: Problem) -> Callable[..., Any]:
-    return _batched(our_laplacian, case)
+    return _batched(autoinfer.laplacian, case)
 
 
 def _trace_of_hessian(case: Problem) -> Callable[..., Any]:
