@@ -402,7 +402,11 @@ def serialize(compiled: jax.stages.Compiled) -> tuple[bytes, list[int]] | None:
         return None
     if any(not name.startswith("__") for name in re.findall(r'custom_call_target="([^"]*)"', compiled.as_text() or "")):
         return None
-    return unloaded.backend.serialize_executable(unloaded.xla_executable), sorted(unloaded.kept_var_idx)
+    try:
+        code = unloaded.backend.serialize_executable(unloaded.xla_executable)
+    except jax.errors.JaxRuntimeError:  # XLA cannot write some operations down: a sort's own comparison, for one
+        return None
+    return code, sorted(unloaded.kept_var_idx)
 
 
 class Loaded:
