@@ -19,6 +19,7 @@ from jaxinfer.differentiation.sparse_plan import Method, Plan, make_plan
 from jaxinfer.differentiation.sparse_program import Call, Program
 from jaxinfer.differentiation.transform import grad
 from jaxinfer.graph import Graph, run
+from jaxinfer.report.derivation import DerivationReport
 
 # Signatures whose plans are kept, for each function.
 _MOST_PLANS = 32
@@ -84,6 +85,12 @@ class SparseDerivative:
         derivation = self._plan(args, kwargs)[0].derivation
         assert derivation is not None
         return derivation.graph
+
+    def explain(self, *args: Any, **kwargs: Any) -> DerivationReport:
+        """What the derivative's program for these arguments is made of, and what was left to JAX's own rules."""
+        derivation = self._plan(args, kwargs)[0].derivation
+        assert derivation is not None
+        return DerivationReport.of(self.__name__, derivation)
 
     def plot(self, *args: Any, axes: Any = None, **kwargs: Any) -> Any:
         """Draws the pattern, entries of one pass in one colour.

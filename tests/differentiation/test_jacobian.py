@@ -118,3 +118,4 @@ def test_sparse_matrices_are_the_dense_ones():
     assert jacobian.nse == 3 * (N - 2) and hessian.nse == 3 * N - 2
     assert_same(jacobian.todense(), jax.jacobian(step)(X))
     assert_same(hessian.todense(), jax.hessian(chain)(X))
+    assert "derivative" in str(autoinfer.jacobian(step, sparse=True).explain(X))
