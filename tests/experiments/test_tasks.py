@@ -77,9 +77,10 @@ def test_best_orders_are_equal_to_what_is_written(name):
 def test_overhead_of_calls_and_sizes():
     row = overhead.per_call(3)
     assert row["jit_us"] > 0 and math.isfinite(row["optimized_over_jit_us"])
-    small, large = overhead.per_equation([22, 110], [22])
+    small, large = overhead.per_equation([22, 550], [22])
     assert small["compile_s"] > 0 and large["compile_s"] is None
-    assert small["optimize_s"] > 0 and large["optimize_s"] > 0
+    # Net of the trace, the small program's can be lost in the noise.
+    assert small["optimize_s"] >= 0 and large["optimize_s"] > 0
 
 
 @pytest.mark.slow
