@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 RNG = np.random.default_rng(0)
 W, X, XS = RNG.normal(size=(3, 3)), RNG.normal(size=3), RNG.normal(size=(4, 3))
 CONTROL = {"scan", "cond", "while"}
-check = functools.partial(check, ours=CONTROL)
+check = functools.partial(check, ours=CONTROL, mixed=False)
 
 
 def cell(w, c, r):
@@ -90,7 +90,7 @@ def test_nested_loops():
     def outer(w, c, r):
         return lax.scan(lambda d, e: (jnp.sin(d * e + c), d), c, w)[0] + r, c.sum()
 
-    check(lambda w, x, xs: lax.scan(functools.partial(outer, w), x, xs), W, X, XS)
+    check(lambda w, x, xs: lax.scan(functools.partial(outer, w), x, xs), W, X, XS, mixed=True)
 
 
 def test_branches_in_loops_in_branches():
@@ -100,7 +100,7 @@ def test_branches_in_loops_in_branches():
     def program(w, x, xs):
         return lax.cond(x[1] < 9, lambda x: lax.scan(functools.partial(step, w), x, xs)[0], lambda x: x**2, x)
 
-    check(program, W, X, XS)
+    check(program, W, X, XS, mixed=True)
 
 
 @pytest.mark.parametrize("index", [-1, 0, 1, 2, 5])
