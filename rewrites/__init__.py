@@ -28,7 +28,6 @@ RULES: tuple[Rule, ...] = (
     *conversions.RULES,
     *movement.RULES,
     *slicing.RULES,
-    *padding.RULES,
     *reductions.RULES,
     *control_flow.RULES,
     *affine.RULES,
@@ -41,3 +40,7 @@ RULES: tuple[Rule, ...] = (
     *loop_blocks.RULES,
     *convolution.RULES,
 )
+
+# For derivatives as they are made: fewer operations, but everything joined is in memory at once, so no program that is
+# there already is rewritten so.
+DERIVATIVE_RULES: tuple[Rule, ...] = padding.RULES

@@ -12,7 +12,7 @@ from jaxinfer.rewriting import Match, Rule, op, var
 
 _NOTES = {
     "pointwise_as_dot": "conv(x, w[1, 1]) → x @ w",
-    "depthwise_as_shifted_sum": "depthwise conv(x, w) → sum of shifted x times w, a term a tap; XLA spreads a NaN over channels",
+    "depthwise_as_shifted_sum": "depthwise conv(x, w) → sum of shifted x · w; XLA spreads a NaN over channels",
     "few_channels_as_shifted_sum": "conv(x, w), few channels → sum of shifted x times w, one term a tap and channel",
     "im2col_as_dot": "conv(x, w) → columns(x) @ w",
     "shifted_dots": "conv(x, w) → sum of shifted x @ w[tap]",

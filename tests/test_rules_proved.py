@@ -2,15 +2,15 @@
 
 import pytest
 
-from jaxinfer.rewrites import RULES
+from jaxinfer.rewrites import DERIVATIVE_RULES, RULES
 from jaxinfer.rewriting.prove import prove
 from jaxinfer.rewriting.rule import check_names
 
-BY_NAME = {rule.name: rule for rule in RULES}
+BY_NAME = {rule.name: rule for rule in (*RULES, *DERIVATIVE_RULES)}
 
 
 def test_names_are_unique():
-    assert check_names(RULES) == tuple(RULES)
+    assert check_names((*RULES, *DERIVATIVE_RULES)) == (*RULES, *DERIVATIVE_RULES)
 
 
 @pytest.mark.parametrize("name", BY_NAME)

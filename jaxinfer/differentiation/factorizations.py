@@ -224,9 +224,7 @@ def _eigh_tangent(node: Node, primals: Sequence[Any], outs: Sequence[Any], tange
     (a,), (v, w) = primals, outs
     n = a.shape[-1]
     if node.params.get("subset_by_index") not in (None, (0, n)):
-        raise NotImplementedError(
-            f"part of the eigenvalues (subset_by_index) have no derivative in JAX{place(node)}"
-        )
+        raise NotImplementedError(f"part of the eigenvalues (subset_by_index) have no derivative in JAX{place(node)}")
     inner = _mm(_h(v), tangents[0], v)
     gaps = (_rows(w) - _columns(w)).astype(a.dtype)
     return [_mm(v, _inverse_gaps(gaps) * inner), jnp.real(_diagonal(inner))]

@@ -12,6 +12,7 @@ import jax
 
 from jaxinfer import _jax
 from jaxinfer.graph import Graph, emit, run, trace, trace_function
+from jaxinfer.rewrites import DERIVATIVE_RULES
 from jaxinfer.rewriting import Rewriter, load_rules, within
 
 # A derivative may be differentiated again, and what does not change a value may still stop a derivative.
@@ -132,7 +133,7 @@ def _is_array(value: Any) -> bool:
 
 @functools.cache
 def _simplifying_rules() -> tuple[Any, ...]:
-    rules = within(load_rules(), "reassociate")
+    rules = within((*load_rules(), *DERIVATIVE_RULES), "reassociate")
     return tuple(r for r in rules if r.kind == "replace" and r.name not in _PRIMAL_ONLY)
 
 

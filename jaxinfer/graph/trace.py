@@ -20,9 +20,9 @@ def trace(
     Args:
         jaxpr: a closed jaxpr.
         known: arrays for some of the arguments, by position; those become constants and are no inputs of the graph.
-        keep_custom: keep ``custom_jvp``/``custom_vjp`` calls as opaque nodes, and rematerialised ones as nodes that hold
-            a graph, instead of inlining the function they wrap. Inlining is right only for a program that will not be
-            differentiated any more.
+        keep_custom: keep ``custom_jvp``/``custom_vjp`` calls as opaque nodes, and rematerialised ones as nodes that
+            hold a graph, instead of inlining the function they wrap. Inlining is right only for a program that will
+            not be differentiated any more.
         known_inside: constants that a loop is given become constants of its body. JAX itself makes operands of
             whatever a loop closes over, so a program traced again has them outside.
 

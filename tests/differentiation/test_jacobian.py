@@ -56,9 +56,7 @@ def test_auxiliary_data_and_holomorphic():
     assert_same(found, jnp.diag(jnp.cos(X)))
     assert_same(aux, {"double": 2 * X})
     z = X + 1j * X[::-1]
-    assert_same(
-        autoinfer.jacobian(jnp.exp, holomorphic=True)(z), jax.jacobian(jnp.exp, holomorphic=True)(z)
-    )
+    assert_same(autoinfer.jacobian(jnp.exp, holomorphic=True)(z), jax.jacobian(jnp.exp, holomorphic=True)(z))
 
 
 def energy(x, w):

@@ -39,7 +39,8 @@ def check(seed):
         for name, (have, want) in pairs.items():
             for a, b in zip(jax.tree.leaves(have()), jax.tree.leaves(want()), strict=True):
                 scale = max(1.0, float(np.max(np.abs(b))))
-                np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9 * scale, err_msg=f"{name}, seed {seed}:\n{source}")
+                what = f"{name}, seed {seed}:\n{source}"
+                np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9 * scale, err_msg=what)
 
 
 @pytest.mark.parametrize("seed", [*range(8), 52, 86])
