@@ -166,6 +166,12 @@ def uses_refs(closed: ClosedJaxpr) -> bool:
     return False
 
 
+def holds_arrays(jaxpr: Any) -> bool:
+    """Whether a program, or a call in it, has arrays of its own, which its text does not show."""
+    open_, consts = open_jaxpr(jaxpr)
+    return bool(consts) or any(holds_arrays(j) for eqn in open_.eqns for j in _nested_jaxprs(eqn.params))
+
+
 def _nested_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for param in params.values():
         for value in param if isinstance(param, (tuple, list)) else (param,):

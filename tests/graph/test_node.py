@@ -248,3 +248,17 @@ def test_the_text_names_operations_types_and_constants():
     assert text.splitlines()[0] == "(a0:float32[2, 3])"
     assert "sin float32[2, 3]" in text and "const float32[]~ 2.0" in text.replace("[] ", "[]~ ") and "return v" in text
     assert repr(graph_of(jnp.sin).nodes[0]) == "sin[f32[2,3]]"
+
+
+def test_programs_whose_calls_hold_arrays_have_no_fingerprint():
+    """Their text does not show the arrays, and programs that differ in them alone must not be taken for each other."""
+
+    def held(values):
+        return jax.make_jaxpr(lambda x: jnp.dot(x, np.asarray(values, np.float32)))(jnp.ones(2))
+
+    assert str(held([1.0, 2.0])) == str(held([3.0, 4.0]))
+    builder = GraphBuilder()
+    node = builder.apply(
+        lax.neg_p, {"jaxpr": held([1.0, 2.0])}, [x := builder.input(jax.typeof(jnp.ones(2)))], [x.aval]
+    )
+    assert builder.build([Value(node, 0)]).fingerprint is None
