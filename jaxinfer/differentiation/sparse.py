@@ -173,7 +173,8 @@ def sparse_jacobian(
     """A function that computes a sparse Jacobian.
 
     Which elements may differ from zero is found from the program alone, so it is the same for all values of arrays of
-    the same types; what the function closes over counts as known, as it is at the first such call. Columns, or rows, that do not meet share a pass.
+    the same types; what the function closes over counts as known, as it is at the first such call. Columns, or rows,
+    that do not meet share a pass.
 
     Args:
         fun: a function of pytrees of arrays, or of such that returns a pair (result, auxiliary data).
