@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer.differentiation.sparse import SparseDerivative, sparse_hessian, sparse_jacobian
+from jaxinfer.differentiation.sparse.transform import SparseDerivative, sparse_hessian, sparse_jacobian
 from jaxinfer.experiments.process import fresh
 from jaxinfer.experiments.task import Request, Row, append, environment, speed, speed_cell
 from jaxinfer.report import numbers

@@ -21,7 +21,7 @@ from jaxinfer.differentiation.forward import Dual, Forward
 from jaxinfer.differentiation.program import Derivation, Traced
 from jaxinfer.differentiation.reverse import vjp as run_vjp
 from jaxinfer.differentiation.rules import filled
-from jaxinfer.differentiation.sparse import SparseDerivative, sparse_hessian, sparse_jacobian
+from jaxinfer.differentiation.sparse.transform import SparseDerivative, sparse_hessian, sparse_jacobian
 from jaxinfer.differentiation.transform import Derivative, grad
 from jaxinfer.graph import interpret
 

@@ -9,7 +9,7 @@ import pytest
 from derivatives_like_jax import check, our_vjp
 from jax import lax
 
-from jaxinfer.differentiation import bilinear
+from jaxinfer.differentiation.tables import bilinear
 
 pytestmark = pytest.mark.usefixtures("float64")
 OURS = frozenset(bilinear.TANGENTS)

@@ -10,9 +10,9 @@ from derivatives_like_jax import check, our_jvp, our_vjp
 from jax import lax
 from jax.extend import core as jex
 
-from jaxinfer.differentiation import elementwise, special_functions
 from jaxinfer.differentiation.forward import Dual, Forward
 from jaxinfer.differentiation.reverse import vjp
+from jaxinfer.differentiation.tables import elementwise, special_functions
 from jaxinfer.graph import interpret, trace
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -11,7 +11,7 @@ from derivatives_like_jax import check, our_jvp
 from jax import lax
 from jax.lax import linalg
 
-from jaxinfer.differentiation import factorizations
+from jaxinfer.differentiation.tables import factorizations
 
 pytestmark = pytest.mark.usefixtures("float64")
 OURS = frozenset(factorizations.TANGENTS) | {"custom_linear_solve"}

@@ -9,7 +9,7 @@ import pytest
 from derivatives_like_jax import check
 from jax import lax
 
-from jaxinfer.differentiation import indexing
+from jaxinfer.differentiation.tables import indexing
 
 pytestmark = pytest.mark.usefixtures("float64")
 OURS = frozenset(indexing.TANGENTS)

@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 from random_programs import random_program
 
-from jaxinfer.differentiation.laplacian import laplacian
+from jaxinfer.differentiation.laplacian.transform import laplacian
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from derivatives_like_jax import check, our_vjp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxinfer.differentiation import linear
 from jaxinfer.differentiation.forward import Dual, Forward
+from jaxinfer.differentiation.tables import linear
 from jaxinfer.graph import interpret, trace
 
 pytestmark = pytest.mark.usefixtures("float64")

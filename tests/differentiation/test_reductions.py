@@ -10,7 +10,7 @@ from derivatives_like_jax import check, our_vjp, random_like
 from jax import lax
 from jax.extend.core import primitives
 
-from jaxinfer.differentiation import reductions
+from jaxinfer.differentiation.tables import reductions
 
 pytestmark = pytest.mark.usefixtures("float64")
 OURS = frozenset(reductions.TANGENTS)

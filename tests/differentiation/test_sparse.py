@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental.sparse import BCOO
 from sparse_programs import RandomProgram
 
-from jaxinfer.differentiation.sparse import sparse_hessian, sparse_jacobian
+from jaxinfer.differentiation.sparse.transform import sparse_hessian, sparse_jacobian
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from jaxinfer import _jax
 from jaxinfer.analysis.structure import ELEMENTWISE
-from jaxinfer.differentiation.laplacian_blocks import Block, occurring
-from jaxinfer.differentiation.laplacian_elementwise import rebound, through
-from jaxinfer.differentiation.laplacian_terms import Term, Triple, is_active, triple
+from jaxinfer.differentiation.laplacian.blocks import Block, occurring
+from jaxinfer.differentiation.laplacian.elementwise import rebound, through
+from jaxinfer.differentiation.laplacian.terms import Term, Triple, is_active, triple
 from jaxinfer.graph import Graph, Node, trace_function
 
 _EACH_ELEMENT = ELEMENTWISE | {"select_n", "clamp", "stop_gradient", "copy"}

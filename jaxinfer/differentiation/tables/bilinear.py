@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.linear import operation_on
 from jaxinfer.differentiation.rules import PullbackRule, TangentRule, add
+from jaxinfer.differentiation.tables.linear import operation_on
 from jaxinfer.graph import Node
 
 

@@ -7,8 +7,8 @@ import pytest
 from jax import lax
 from sparse_programs import RandomProgram
 
-from jaxinfer.differentiation.pattern import Pattern
-from jaxinfer.differentiation.sparse import sparse_hessian, sparse_jacobian
+from jaxinfer.differentiation.sparse.pattern import Pattern
+from jaxinfer.differentiation.sparse.transform import sparse_hessian, sparse_jacobian
 
 # Correctness only: compiling is most of the time.
 _FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

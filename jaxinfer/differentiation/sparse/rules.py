@@ -13,7 +13,8 @@ import numpy as np
 from scipy import sparse
 
 from jaxinfer.analysis.structure import ELEMENTWISE
-from jaxinfer.differentiation.pattern import (
+from jaxinfer.differentiation.sparse.moves import gathered, numbers, origins, starts_of, targets
+from jaxinfer.differentiation.sparse.pattern import (
     SOMETHING,
     Flow,
     Known,
@@ -25,8 +26,7 @@ from jaxinfer.differentiation.pattern import (
     take,
     total,
 )
-from jaxinfer.differentiation.sparsity_moves import gathered, numbers, origins, starts_of, targets
-from jaxinfer.differentiation.sparsity_products import convolution, dot, window_pairs
+from jaxinfer.differentiation.sparse.products import convolution, dot, window_pairs
 from jaxinfer.graph import Node
 
 Rule = Callable[[Node, Sequence[Flow]], Sequence[Flow] | None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.differentiation.pattern import SOMETHING, Flow, Rows, blurred, combined, size, take
+from jaxinfer.differentiation.sparse.pattern import SOMETHING, Flow, Rows, blurred, combined, size, take
 from jaxinfer.graph import Node
 
 # Pairs (element of the result, element of the operand) that are written down; beyond them zeros are not looked at.

@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.elementwise import broadcast
 from jaxinfer.differentiation.rules import PullbackRule, TangentRule, filled, unbroadcast
+from jaxinfer.differentiation.tables.elementwise import broadcast
 from jaxinfer.graph import Node
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.differentiation.laplacian_blocks import Block, is_disjoint
-from jaxinfer.differentiation.laplacian_moves import through_moves
-from jaxinfer.differentiation.laplacian_products import Image
-from jaxinfer.differentiation.laplacian_sums import summed, without_axes
-from jaxinfer.differentiation.laplacian_terms import Term, Triple, added, triple
+from jaxinfer.differentiation.laplacian.blocks import Block, is_disjoint
+from jaxinfer.differentiation.laplacian.moves import through_moves
+from jaxinfer.differentiation.laplacian.products import Image
+from jaxinfer.differentiation.laplacian.sums import summed, without_axes
+from jaxinfer.differentiation.laplacian.terms import Term, Triple, added, triple
 
 
 def slogdet(x: Triple, leading: int) -> Sequence[Any]:

@@ -18,11 +18,11 @@ import numpy as np
 from jax import lax
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.direct_terms import MOST_TERMS, Declined, Term, agree, merged, same
 from jaxinfer.differentiation.forward import interpret_node
-from jaxinfer.differentiation.pattern import NOTHING, Flow, Pattern, size
-from jaxinfer.differentiation.sparsity import Dependence
-from jaxinfer.differentiation.sparsity_moves import origins, targets
+from jaxinfer.differentiation.sparse.dependence import Dependence
+from jaxinfer.differentiation.sparse.direct_terms import MOST_TERMS, Declined, Term, agree, merged, same
+from jaxinfer.differentiation.sparse.moves import origins, targets
+from jaxinfer.differentiation.sparse.pattern import NOTHING, Flow, Pattern, size
 from jaxinfer.graph import Domain, Graph, Node, interpret
 from jaxinfer.graph.emit import Emit
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxinfer.differentiation import (
+from jaxinfer.differentiation.rules import PullbackRule, ResultsRule, TangentRule
+from jaxinfer.differentiation.tables import (
     bilinear,
     cumulative,
     elementwise,
@@ -15,7 +16,6 @@ from jaxinfer.differentiation import (
     reductions,
     special_functions,
 )
-from jaxinfer.differentiation.rules import PullbackRule, ResultsRule, TangentRule
 
 _SUBJECTS = (bilinear, cumulative, elementwise, factorizations, fft, indexing, linear, reductions, special_functions)
 

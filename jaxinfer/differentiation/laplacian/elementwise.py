@@ -16,9 +16,9 @@ from jax import lax
 
 from jaxinfer import _jax
 from jaxinfer.analysis.structure import ELEMENTWISE
-from jaxinfer.differentiation.laplacian_blocks import Block
-from jaxinfer.differentiation.laplacian_moves import spread
-from jaxinfer.differentiation.laplacian_terms import Term, Triple, added, cross, is_active, primal, triple
+from jaxinfer.differentiation.laplacian.blocks import Block
+from jaxinfer.differentiation.laplacian.moves import spread
+from jaxinfer.differentiation.laplacian.terms import Term, Triple, added, cross, is_active, primal, triple
 from jaxinfer.graph import Node
 
 Rule = Callable[..., Sequence[Any]]
@@ -62,7 +62,7 @@ def rebound(domain: Any, node: Node, inputs: Sequence[Any], active: Sequence[Tri
 def elementwise(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
     """Any operation that is declared to act element by element."""
     if not all(_is_real(primal(x)) for x in inputs) or not _is_float(node.aval):
-        return domain.opaque(node, *inputs)
+        return domain.unknown(node, *inputs)
     shape = node.aval.shape
     inputs = tuple(spread(x, shape) if is_active(x) else x for x in inputs)
     active = list({id(x): x for x in inputs if is_active(x)}.values())

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.pattern import Flow, is_array, size
+from jaxinfer.differentiation.sparse.pattern import Flow, is_array, size
 from jaxinfer.graph import Node
 from jaxinfer.rewriting.numpy_operations import NUMPY
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.laplacian_blocks import (
+from jaxinfer.differentiation.laplacian.blocks import (
     Block,
     compress,
     occurring,
@@ -26,7 +26,7 @@ from jaxinfer.differentiation.laplacian_blocks import (
     uniform_rows,
     union,
 )
-from jaxinfer.differentiation.laplacian_terms import Term, Triple, is_active, primal
+from jaxinfer.differentiation.laplacian.terms import Term, Triple, is_active, primal
 from jaxinfer.graph import Graph, Node, interpret
 
 # After so many rounds every value that depends on some inputs is taken to depend on all that any value depends on.

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer.differentiation.laplacian_blocks import Block, compress, occurring
-from jaxinfer.differentiation.laplacian_sums import over_axes, without_axes
-from jaxinfer.differentiation.laplacian_terms import Term, Triple, added, is_active, merged, primal, triple
+from jaxinfer.differentiation.laplacian.blocks import Block, compress, occurring
+from jaxinfer.differentiation.laplacian.sums import over_axes, without_axes
+from jaxinfer.differentiation.laplacian.terms import Term, Triple, added, is_active, merged, primal, triple
 from jaxinfer.graph import Node
 
 Rule = Callable[..., Sequence[Any]]
@@ -264,7 +264,7 @@ def bilinear(domain: Any, node: Node, a: Any, b: Any) -> Sequence[Any]:
 def triangular_solve(domain: Any, node: Node, a: Any, b: Any) -> Sequence[Any]:
     """From a x = b: J(x) = a⁻¹ (J(b) − J(a) x), L(x) = a⁻¹ (L(b) − L(a) x − 2 Σᵢ Jᵢ(a) Jᵢ(x)); here a is fixed."""
     if is_active(a):
-        return domain.opaque(node, a, b)
+        return domain.unknown(node, a, b)
     return [domain.jointly(domain.bind(node, a, b.value)[0], lambda y: domain.bind(node, a, y)[0], b)]
 
 

@@ -13,10 +13,10 @@ from jax.experimental.sparse import BCOO
 
 from jaxinfer import _jax
 from jaxinfer.differentiation.checks import check_argnums, check_inputs
-from jaxinfer.differentiation.coloring import Coloring
-from jaxinfer.differentiation.pattern import Pattern
-from jaxinfer.differentiation.sparse_plan import Method, Plan, make_plan
-from jaxinfer.differentiation.sparse_program import Call, Program
+from jaxinfer.differentiation.sparse.coloring import Coloring
+from jaxinfer.differentiation.sparse.pattern import Pattern
+from jaxinfer.differentiation.sparse.plan import Method, Plan, make_plan
+from jaxinfer.differentiation.sparse.program import Call, Program
 from jaxinfer.differentiation.transform import grad
 from jaxinfer.graph import Graph, run
 from jaxinfer.report.derivation import DerivationReport
@@ -194,7 +194,7 @@ def sparse_jacobian(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxinfer.differentiation.sparse import sparse_jacobian
+        >>> from jaxinfer.differentiation.sparse.transform import sparse_jacobian
         >>> difference = sparse_jacobian(lambda x: (x[1:] - x[:-1]) ** 2)
         >>> difference.coloring(jnp.ones(50))
         Coloring(49×50, 98 entries, 2 forward passes)
@@ -219,7 +219,7 @@ def sparse_hessian(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxinfer.differentiation.sparse import sparse_hessian
+        >>> from jaxinfer.differentiation.sparse.transform import sparse_hessian
         >>> sparse_hessian(lambda x: (x[0] * x[1] + x[2] ** 2) / 2)(jnp.ones(3)).todense().tolist()
         [[0.0, 0.5, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 1.0]]
     """

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.differentiation.laplacian_blocks import Block, same_rows, union
+from jaxinfer.differentiation.laplacian.blocks import Block, same_rows, union
 
 # Sums of more terms than this become one block.
 _TERMS = 3
@@ -58,7 +58,7 @@ class Triple:
         value: an array of shape s.
         terms: the Jacobian, a sum.
         laplacian: Σᵢ ∂²value/∂xᵢ², an array of shape s, or None where it is zero.
-        image: how the value came about, where that may spare its Jacobian: see `laplacian_products.Image`.
+        image: how the value came about, where that may spare its Jacobian: see `products.Image`.
     """
 
     value: Any

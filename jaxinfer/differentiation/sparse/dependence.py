@@ -19,7 +19,8 @@ import numpy as np
 from scipy import sparse
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.pattern import (
+from jaxinfer.differentiation.sparse.moves import zero_places
+from jaxinfer.differentiation.sparse.pattern import (
     NOTHING,
     Flow,
     Known,
@@ -33,8 +34,7 @@ from jaxinfer.differentiation.pattern import (
     size,
     take,
 )
-from jaxinfer.differentiation.sparsity_moves import zero_places
-from jaxinfer.differentiation.sparsity_rules import RULES, whole
+from jaxinfer.differentiation.sparse.rules import RULES, whole
 from jaxinfer.graph import Domain, Graph, Node, interpret
 from jaxinfer.rewriting.numpy_operations import NUMPY
 

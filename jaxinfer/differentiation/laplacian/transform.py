@@ -2,7 +2,7 @@
 
 Along every edge flow a value, its Jacobian and its Laplacian. For y = f(x) it is
 L(y) = Σₐ fₐ L(xₐ) + Σₐᵦ fₐᵦ Σᵢ Jᵢ(xₐ) Jᵢ(xᵦ), so that second derivatives meet rows of the Jacobian only in sums, and no
-Hessian is formed. The Jacobian is kept as sparse as it is; see `laplacian_blocks`.
+Hessian is formed. The Jacobian is kept as sparse as it is; see `blocks`.
 
 Reference: R. Li et al., A computational framework for neural network-based variational Monte Carlo with Forward
 Laplacian, Nature Machine Intelligence 6, 2024.
@@ -21,18 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import _jax
-from jaxinfer.differentiation import (
-    laplacian_control,
-    laplacian_determinants,
-    laplacian_elementwise,
-    laplacian_moves,
-    laplacian_opaque,
-    laplacian_products,
-    laplacian_sums,
-)
 from jaxinfer.differentiation.checks import check_inputs
-from jaxinfer.differentiation.laplacian_blocks import identity
-from jaxinfer.differentiation.laplacian_terms import Term, Triple, is_active, primal
+from jaxinfer.differentiation.laplacian import control, determinants, elementwise, moves, opaque, products, sums
+from jaxinfer.differentiation.laplacian.blocks import identity
+from jaxinfer.differentiation.laplacian.terms import Term, Triple, is_active, primal
 from jaxinfer.differentiation.program import Derivation, Traced
 from jaxinfer.differentiation.transform import Derivative
 from jaxinfer.graph import Node, interpret
@@ -43,10 +35,10 @@ class Forward(Emit):
     """The domain of values with Jacobians and Laplacians; what does not depend on the inputs is an array."""
 
     table: ClassVar[Mapping[str, Callable[..., Sequence[Any]]]] = {
-        **laplacian_elementwise.RULES,
-        **laplacian_moves.RULES,
-        **laplacian_sums.RULES,
-        **laplacian_products.RULES,
+        **elementwise.RULES,
+        **moves.RULES,
+        **sums.RULES,
+        **products.RULES,
     }
 
     def __init__(self, borrowed: Counter[str]) -> None:
@@ -64,9 +56,9 @@ class Forward(Emit):
         if not any(hasattr(a, "dtype") and _jax.is_inexact(a.dtype) for a in node.avals):
             return self.bind(node, *map(primal, inputs))
         with _jax.at_source(node.source, node.context):
-            if (axis := laplacian_opaque.slogdet_axis(node)) is not None:
-                return laplacian_determinants.slogdet(inputs[0], axis)
-            return self.table.get(node.op, type(self).opaque)(self, node, *inputs)
+            if (axis := opaque.slogdet_axis(node)) is not None:
+                return determinants.slogdet(inputs[0], axis)
+            return self.table.get(node.op, type(self).unknown)(self, node, *inputs)
 
     def _known(self, node: Node, *inputs: Any) -> Sequence[Any]:
         """Indices made of known numbers are computed now, so that it is known which elements they pick."""
@@ -76,28 +68,28 @@ class Forward(Emit):
                 return self.bind(node, *inputs)
         return self.bind(node, *inputs)
 
-    def opaque(self, node: Node, *inputs: Any) -> Sequence[Any]:
+    def unknown(self, node: Node, *inputs: Any) -> Sequence[Any]:
         """JAX's own derivative of the operation, twice, for each row of the Jacobian."""
-        found = laplacian_opaque.pointwise_custom(self, node, inputs)
+        found = opaque.pointwise_custom(self, node, inputs)
         if found is not None:
             return found
         # Bodies of loops are walked several times.
         self._borrowed[node.op] += node not in self._counted
         self._counted.add(node)
-        return laplacian_opaque.opaque(self, node, *inputs)
+        return opaque.opaque(self, node, *inputs)
 
     def jointly(self, value: Any, fun: Callable[..., Any], *inputs: Any, batched: bool = False) -> Any:
         """A value that is linear in several operands together; `batched`: `fun` takes rows as leading axes itself."""
-        return laplacian_opaque.jointly(value, fun, inputs, batched)
+        return opaque.jointly(value, fun, inputs, batched)
 
     def scan(self, node: Node, *inputs: Any) -> Sequence[Any]:
-        return self._control(laplacian_control.scan, Emit.scan, node, *inputs)
+        return self._control(control.scan, Emit.scan, node, *inputs)
 
     def while_loop(self, node: Node, *inputs: Any) -> Sequence[Any]:
-        return self._control(laplacian_control.while_loop, Emit.while_loop, node, *inputs)
+        return self._control(control.while_loop, Emit.while_loop, node, *inputs)
 
     def cond(self, node: Node, index: Any, *inputs: Any) -> Sequence[Any]:
-        return self._control(laplacian_control.branches, Emit.cond, node, primal(index), *inputs)
+        return self._control(control.branches, Emit.cond, node, primal(index), *inputs)
 
     def remat(self, node: Node, *inputs: Any) -> Sequence[Any]:
         if not any(map(is_active, inputs)):

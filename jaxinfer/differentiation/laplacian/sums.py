@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer.differentiation.laplacian_blocks import Block, is_disjoint
-from jaxinfer.differentiation.laplacian_terms import Term, Triple, is_active, primal, triple
+from jaxinfer.differentiation.laplacian.blocks import Block, is_disjoint
+from jaxinfer.differentiation.laplacian.terms import Term, Triple, is_active, primal, triple
 from jaxinfer.graph import Node
 
 Rule = Callable[..., Sequence[Any]]

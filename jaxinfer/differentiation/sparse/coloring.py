@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from jaxinfer.differentiation.pattern import Pattern
+from jaxinfer.differentiation.sparse.pattern import Pattern
 
 # A reverse pass takes about this many times as long as a forward one.
 REVERSE_COST = 1.5

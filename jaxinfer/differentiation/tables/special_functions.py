@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer import _jax
-from jaxinfer.differentiation.elementwise import (
+from jaxinfer.differentiation.rules import PullbackRule, TangentRule, add, unbroadcast
+from jaxinfer.differentiation.tables.elementwise import (
     Partial,
     Slope,
     broadcast,
@@ -24,7 +25,6 @@ from jaxinfer.differentiation.elementwise import (
     times,
     unary,
 )
-from jaxinfer.differentiation.rules import PullbackRule, TangentRule, add, unbroadcast
 from jaxinfer.graph import Node
 
 

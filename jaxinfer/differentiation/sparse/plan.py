@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.differentiation.coloring import REVERSE_COST, Coloring, color, color_symmetric
-from jaxinfer.differentiation.direct import Declined, entries
-from jaxinfer.differentiation.pattern import Pattern, size
 from jaxinfer.differentiation.program import Derivation
-from jaxinfer.differentiation.sparse_program import Program
-from jaxinfer.differentiation.sparsity import linear_pattern
+from jaxinfer.differentiation.sparse.coloring import REVERSE_COST, Coloring, color, color_symmetric
+from jaxinfer.differentiation.sparse.dependence import linear_pattern
+from jaxinfer.differentiation.sparse.direct import Declined, entries
+from jaxinfer.differentiation.sparse.pattern import Pattern, size
+from jaxinfer.differentiation.sparse.program import Program
 from jaxinfer.graph import emit
 
 Method = Literal["auto", "direct", "forward", "reverse", "passes"]

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from jaxinfer.differentiation.coloring import color, color_columns, color_symmetric, star_coloring
-from jaxinfer.differentiation.pattern import Pattern
+from jaxinfer.differentiation.sparse.coloring import color, color_columns, color_symmetric, star_coloring
+from jaxinfer.differentiation.sparse.pattern import Pattern
 
 
 def pattern_of(dense):

@@ -15,14 +15,14 @@ from jax import lax
 
 from jaxinfer import _jax
 from jaxinfer.analysis.structure import aligned_axes
-from jaxinfer.differentiation.laplacian_blocks import (
+from jaxinfer.differentiation.laplacian.blocks import (
     Block,
     compress,
     moved,
     occurring,
     uniform_rows,
 )
-from jaxinfer.differentiation.laplacian_terms import Term, Triple, is_active, primal, triple
+from jaxinfer.differentiation.laplacian.terms import Term, Triple, is_active, primal, triple
 from jaxinfer.graph import Node
 from jaxinfer.graph.node import params_key
 
@@ -250,7 +250,7 @@ def pad(domain: Any, node: Node, x: Any, filling: Any) -> Sequence[Any]:
 def _indexed(domain: Any, node: Node, x: Any, *indices: Any) -> Sequence[Any]:
     """Elements picked by index. Where the indices are known, the table of rows is picked from as well."""
     if any(map(is_active, indices)) or not is_active(x):
-        return domain.opaque(node, x, *indices)
+        return domain.unknown(node, x, *indices)
     value = domain.bind(node, x.value, *indices)[0]
     block = x.block
     known = all(_jax.is_concrete(i) for i in indices)

@@ -1,0 +1,1 @@
+"""Laplacians, forward in one pass."""
