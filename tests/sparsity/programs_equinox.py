@@ -198,10 +198,8 @@ class _UNet(eqx.Module):
         y = self.first(y)
         skips = []
         for block in self.down:
-            skips.append(y)
             y = block(y, t)
-        skips[:2] = [skips[1], skips[2]]
-        skips[2] = y
+            skips.append(y)
         for block in self.middle:
             y = block(y, t)
         for block in self.up:
