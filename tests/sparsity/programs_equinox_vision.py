@@ -190,21 +190,21 @@ def _discriminator() -> _Layers:
 
 def _stateful(build: Callable[[], _Layers], shape: tuple[int, ...], dtype: Any) -> Made:
     """Model and state together, for inference: the running statistics are parameters too."""
-    model, state = eqx.nn.make_with_state(build)()
-    arrays, static = eqx.partition((eqx.nn.inference_mode(model), state), eqx.is_inexact_array)
+    model, state = eqx.filter_eval_shape(lambda: eqx.nn.make_with_state(build)())
+    arrays, static = eqx.partition((eqx.nn.inference_mode(model), state), _is_floating)
+    model_params, statistics = (random_params(part, dtype, out_axis=0) for part in arrays)
+    # Positive, because half of the statistics are variances.
+    params = model_params, jax.tree.map(lambda x: 0.5 + jnp.abs(x), statistics)
 
     def fun(params: Any, x: jax.Array) -> jax.Array:
         model, state = eqx.combine(params, static)
         return jax.vmap(lambda one: model(one, state)[0])(x)
 
-    params = random_params(arrays, dtype, out_axis=0)
-    # Among the running statistics only a variance is known by its starting value.
-    params = jax.tree.map(lambda old, new: 1 + jnp.abs(new) if _is_ones(old) else new, arrays, params)
     return Made(fun, params, given(lambda draw, batch: (draw.normal(batch, *shape),), dtype))
 
 
-def _is_ones(array: jax.Array) -> bool:
-    return array.ndim == 1 and bool((array == 1).all())
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 @listed("patrick-kidger/equinox docs/examples/deep_convolutional_gan.ipynb", "transposed conv", "norm", "vmap")
