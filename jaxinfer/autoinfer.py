@@ -6,6 +6,7 @@ from jaxinfer.differentiation.transform import grad, hvp, jvp, value_and_grad, v
 from jaxinfer.optimize import Frozen, Optimized, optimize
 from jaxinfer.program import VerificationWarning
 from jaxinfer.rewriting import Rule, RuleError
+from jaxinfer.sparsity.coupling_groups import channel_groups
 
 __all__ = [
     "Frozen",
@@ -13,6 +14,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "VerificationWarning",
+    "channel_groups",
     "grad",
     "hessian",
     "hvp",

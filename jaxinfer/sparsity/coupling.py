@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from jaxinfer import _jax
 from jaxinfer.analysis.cost import trips
-from jaxinfer.graph import Domain, Node, interpret
+from jaxinfer.graph import Domain, Node, Value, interpret
 from jaxinfer.graph.interpret import Transfer
 from jaxinfer.sparsity import coupling_elementwise, coupling_moves, coupling_products
 from jaxinfer.sparsity.coupling_elementwise import Axes
@@ -54,6 +54,7 @@ class Coupling(Domain[Axes]):
         self.units = Units()
         self.work: list[Work] = []
         self._times = 1
+        self._readers: dict[tuple[Value, int], Vector] = {}
 
     def constant(self, node: Node) -> Axes:
         known = _jax.is_concrete(node.value)
@@ -85,6 +86,13 @@ class Coupling(Domain[Axes]):
             axes.append(vector if len(vector) == size else free(size))
         return tuple(axes)
 
+    def read(self, value: Value, axis: int, units: Vector) -> None:
+        """Notes which units read an axis of data. A feature that is not read by one product is not read by any."""
+        if is_real(units).any():
+            before = self._readers.get((value, axis), free(len(units)))
+            if len(before) == len(units):
+                self._readers[value, axis] = self.units.unify(before, units)
+
     def record(self, node: Node, macs: float, axes: tuple[Vector, ...]) -> None:
         """Notes what a product costs."""
         self.work.append(Work(node, macs * self._times, tuple(v for v in axes if is_real(v).any())))
@@ -94,13 +102,13 @@ class Coupling(Domain[Axes]):
     def scan(self, node: Node, *inputs: Axes) -> Sequence[Axes]:
         body, consts = node.params["body"], node.params["num_consts"]
         carries = node.params["num_carry"]
-        fixed, carry = inputs[:consts], inputs[consts : consts + carries]
+        fixed, start = inputs[:consts], inputs[consts : consts + carries]
         steps = []
         for x in inputs[consts + carries :]:
             self.units.lock(x[0], "the axis that a loop runs over")
             steps.append(x[1:])
         length = node.params["length"]
-        carry, out = self._settled(carry, lambda c: self._run(trips(node), body, *fixed, *c, *steps))
+        carry, out = self._settled(start, lambda c: self._run(trips(node), body, *fixed, *c, *steps))
         return [*carry, *((given(length), *y) for y in out[carries:])]
 
     def while_loop(self, node: Node, *inputs: Axes) -> Sequence[Axes]:

@@ -116,7 +116,6 @@ class _Assembly:
 
     def _sorted(self) -> list[list[int]]:
         """Atoms that own equally many indices of the same axes, and none of them in common, make a group."""
-        alike: dict[Any, list[list[int]]] = {}
         taken: list[tuple[list[int], set[tuple[Place, int]]]] = []
         order = sorted(self._where.items(), key=lambda item: [(p, i[0], i) for p, i in sorted(item[1].items())])
         buckets: dict[Any, list[tuple[list[int], set[tuple[Place, int]]]]] = {}

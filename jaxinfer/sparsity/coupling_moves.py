@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
     from jaxinfer.sparsity.coupling import Coupling
 
 
-def _transpose(domain: Coupling, node: Node, x: Axes) -> list[Axes]:
+def _transpose(domain: Coupling, node: Node, x: Axes) -> Sequence[Axes]:
     return [tuple(x[axis] for axis in node.params["permutation"])]
 
 
-def _squeeze(domain: Coupling, node: Node, x: Axes) -> list[Axes]:
+def _squeeze(domain: Coupling, node: Node, x: Axes) -> Sequence[Axes]:
     gone = {axis % len(x) for axis in node.params["dimensions"]}
     for axis in gone:
         _drop(domain, x[axis])
@@ -34,7 +33,7 @@ def _drop(domain: Coupling, vector: Vector) -> None:
     domain.units.lock(vector, "taken out of its axis")
 
 
-def _broadcast(domain: Coupling, node: Node, x: Axes, *dynamic: Axes) -> list[Axes]:
+def _broadcast(domain: Coupling, node: Node, x: Axes, *dynamic: Axes) -> Sequence[Axes]:
     axes = list(map(free, node.aval.shape))
     for vector, place in zip(x, node.params["broadcast_dimensions"]):
         if len(vector) == len(axes[place]):
@@ -44,54 +43,54 @@ def _broadcast(domain: Coupling, node: Node, x: Axes, *dynamic: Axes) -> list[Ax
     return [tuple(axes)]
 
 
-def _expand(domain: Coupling, node: Node, x: Axes) -> list[Axes]:
+def _expand(domain: Coupling, node: Node, x: Axes) -> Sequence[Axes]:
     new = {axis % len(node.aval.shape) for axis in node.params["dimensions"]}
     rest = iter(x)
     return [tuple(free(1) if axis in new else next(rest) for axis in range(len(node.aval.shape)))]
 
 
-def _reverse(domain: Coupling, node: Node, x: Axes) -> list[Axes]:
+def _reverse(domain: Coupling, node: Node, x: Axes) -> Sequence[Axes]:
     return [tuple(v[::-1] if axis in node.params["dimensions"] else v for axis, v in enumerate(x))]
 
 
-def _tile(domain: Coupling, node: Node, x: Axes) -> list[Axes]:
+def _tile(domain: Coupling, node: Node, x: Axes) -> Sequence[Axes]:
     reps = node.params["reps"]
     if len(reps) != len(x):
         return domain.default(node, x)
     return [tuple(np.tile(v, n) for v, n in zip(x, reps))]
 
 
-def _slice(domain: Coupling, node: Node, x: Axes) -> list[Axes]:
+def _slice(domain: Coupling, node: Node, x: Axes) -> Sequence[Axes]:
     p = node.params
     steps = p["strides"] or (1,) * len(x)
     return [tuple(v[a:b:s] for v, a, b, s in zip(x, p["start_indices"], p["limit_indices"], steps))]
 
 
-def _split(domain: Coupling, node: Node, x: Axes) -> list[Axes]:
+def _split(domain: Coupling, node: Node, x: Axes) -> Sequence[Axes]:
     axis = node.params["axis"]
     parts = np.split(x[axis], np.cumsum(node.params["sizes"])[:-1])
     return [(*x[:axis], part, *x[axis + 1 :]) for part in parts]
 
 
-def _concatenate(domain: Coupling, node: Node, *inputs: Axes) -> list[Axes]:
+def _concatenate(domain: Coupling, node: Node, *inputs: Axes) -> Sequence[Axes]:
     axis = node.params["dimension"]
     others = domain.meet([(*x[:axis], *x[axis + 1 :]) for x in inputs])
     return [(*others[:axis], np.concatenate([x[axis] for x in inputs]), *others[axis:])]
 
 
-def _stack(domain: Coupling, node: Node, *inputs: Axes) -> list[Axes]:
+def _stack(domain: Coupling, node: Node, *inputs: Axes) -> Sequence[Axes]:
     axis = node.params["axis"]
     others = domain.meet(inputs)
     return [(*others[:axis], given(len(inputs)), *others[axis:])]
 
 
-def _unstack(domain: Coupling, node: Node, x: Axes) -> list[Axes]:
+def _unstack(domain: Coupling, node: Node, x: Axes) -> Sequence[Axes]:
     axis = node.params["axis"]
     _drop(domain, x[axis])
     return [(*x[:axis], *x[axis + 1 :])] * len(node.avals)
 
 
-def _pad(domain: Coupling, node: Node, x: Axes, value: Axes) -> list[Axes]:
+def _pad(domain: Coupling, node: Node, x: Axes, value: Axes) -> Sequence[Axes]:
     axes = []
     for vector, (low, high, interior), size in zip(x, node.params["padding_config"], node.aval.shape):
         spread = np.full(len(vector) + max(len(vector) - 1, 0) * interior, FREE)
@@ -104,7 +103,7 @@ def _pad(domain: Coupling, node: Node, x: Axes, value: Axes) -> list[Axes]:
 # -- reshape ----------------------------------------------------------------------------------------------------------
 
 
-def _reshape(domain: Coupling, node: Node, x: Axes, *dynamic: Axes) -> list[Axes]:
+def _reshape(domain: Coupling, node: Node, x: Axes, *dynamic: Axes) -> Sequence[Axes]:
     old, new = node.inputs[0].shape, node.aval.shape
     if node.params.get("dimensions") is not None or 0 in old or dynamic:
         return domain.default(node, x, *dynamic)
@@ -117,7 +116,9 @@ def _reshape(domain: Coupling, node: Node, x: Axes, *dynamic: Axes) -> list[Axes
             axes[places[0]] = x[sources[0]]
             continue
         # Composed and split the same way round, so that what is merged and split again is what it was.
-        whole = functools.reduce(lambda inner, axis: domain.units.compose(x[axis], inner), sources[-2::-1], x[sources[-1]])
+        whole = x[sources[-1]]
+        for axis in sources[-2::-1]:
+            whole = domain.units.compose(x[axis], whole)
         for i, place in enumerate(places[:-1]):
             rest = math.prod(new[p] for p in places[i + 1 :])
             axes[place], whole = domain.units.split(whole, new[place], rest)
@@ -157,7 +158,7 @@ def _starts(node: Node, first: int, whole: Sequence[int], part: Sequence[int]) -
     return starts
 
 
-def _dynamic_slice(domain: Coupling, node: Node, x: Axes, *index: Axes) -> list[Axes]:
+def _dynamic_slice(domain: Coupling, node: Node, x: Axes, *index: Axes) -> Sequence[Axes]:
     sizes, shape = node.params["slice_sizes"], node.inputs[0].shape
     if len(index) != len(sizes):
         return domain.default(node, x, *index)
@@ -169,7 +170,7 @@ def _dynamic_slice(domain: Coupling, node: Node, x: Axes, *index: Axes) -> list[
     return [tuple(axes)]
 
 
-def _dynamic_update_slice(domain: Coupling, node: Node, x: Axes, update: Axes, *index: Axes) -> list[Axes]:
+def _dynamic_update_slice(domain: Coupling, node: Node, x: Axes, update: Axes, *index: Axes) -> Sequence[Axes]:
     shape, window = node.inputs[0].shape, node.inputs[1].shape
     starts = _starts(node, 2, shape, window)
     partial = [axis for axis, (size, part) in enumerate(zip(shape, window)) if size != part]
@@ -188,7 +189,7 @@ def _dynamic_update_slice(domain: Coupling, node: Node, x: Axes, update: Axes, *
     return [tuple(axes)]
 
 
-def _gather(domain: Coupling, node: Node, x: Axes, index: Axes) -> list[Axes]:
+def _gather(domain: Coupling, node: Node, x: Axes, index: Axes) -> Sequence[Axes]:
     d, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
     shape, units = node.inputs[0].shape, domain.units
     axes: list[Vector] = list(map(given, node.aval.shape))
@@ -218,7 +219,7 @@ def _picked(vector: Vector, at: np.ndarray) -> Vector:
     return np.where(inside, vector[np.clip(at, 0, len(vector) - 1)], FREE)
 
 
-def _scatter(domain: Coupling, node: Node, x: Axes, index: Axes, updates: Axes) -> list[Axes]:
+def _scatter(domain: Coupling, node: Node, x: Axes, index: Axes, updates: Axes) -> Sequence[Axes]:
     d, units = node.params["dimension_numbers"], domain.units
     shape, axes = node.inputs[0].shape, list(x)
     rows = [a for a in range(len(updates)) if a not in d.update_window_dims]

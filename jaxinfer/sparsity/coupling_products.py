@@ -1,11 +1,11 @@
 """Coupling through matrix products and convolutions, and what of their work goes with which units.
 
-    y[b, i, j] = Σ_k x[b, i, k] · w[b, k, j]:    b goes together, k goes together, i and j go on to the result.
+y[b, i, j] = Σ_k x[b, i, k] · w[b, k, j]:    b goes together, k goes together, i and j go on to the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from jaxinfer.sparsity.coupling import Coupling
 
 
-def _dot(domain: Coupling, node: Node, x: Axes, y: Axes) -> list[Axes]:
+def _dot(domain: Coupling, node: Node, x: Axes, y: Axes) -> Sequence[Axes]:
     contract, batch = node.params["dimension_numbers"]
-    summed = [_contract(domain, x[i], y[j]) for i, j in zip(*contract)]
+    summed = [_contract(domain, node, (i, j), x[i], y[j]) for i, j in zip(*contract)]
     batched = [domain.units.unify(x[i], y[j], zeroing=True) for i, j in zip(*batch)]
     rest = [
         [vector for axis, vector in enumerate(side) if axis not in (*contract[k], *batch[k])]
@@ -40,12 +40,15 @@ def _dot(domain: Coupling, node: Node, x: Axes, y: Axes) -> list[Axes]:
     return [axes]
 
 
-def _contract(domain: Coupling, a: Vector, b: Vector) -> Vector:
+def _contract(domain: Coupling, node: Node, axes: tuple[int, int], a: Vector, b: Vector) -> Vector:
     """Where both sides have units they are the same; a unit that meets data or constants must be zero there."""
     units = domain.units
     units.mark("mixed", a[~is_real(b)])
     units.mark("mixed", b[~is_real(a)])
-    units.mark("reads", np.concatenate([a[b == GIVEN], b[a == GIVEN]]))
+    for value, axis, data, reader in zip(node.inputs, axes, (a, b), (b, a)):
+        reading = np.where(data == GIVEN, reader, FREE)
+        units.mark("reads", reading)
+        domain.read(value, axis, reading)
     return units.unify(a, b, zeroing=True)
 
 
@@ -54,7 +57,7 @@ def _varying(vector: Vector) -> Vector:
     return np.where(vector == FREE, GIVEN, vector)
 
 
-def _convolution(domain: Coupling, node: Node, x: Axes, w: Axes) -> list[Axes]:
+def _convolution(domain: Coupling, node: Node, x: Axes, w: Axes) -> Sequence[Axes]:
     """A convolution with groups is a product whose feature axes are (group, feature within the group)."""
     if node.params["batch_group_count"] != 1:
         return domain.default(node, x, w)
@@ -65,11 +68,11 @@ def _convolution(domain: Coupling, node: Node, x: Axes, w: Axes) -> list[Axes]:
     features, kernels = x[lhs[1]], w[rhs[0]]
     units.mark("made", kernels)
     if groups == 1:
-        summed, produced = _contract(domain, features, w[rhs[1]]), kernels
+        summed, produced = _contract(domain, node, (lhs[1], rhs[1]), features, w[rhs[1]]), kernels
     else:
         of_x, within_x = units.split(features, groups, len(features) // groups)
         of_w, within_w = units.split(kernels, groups, len(kernels) // groups)
-        summed = _contract(domain, within_x, w[rhs[1]])
+        summed = _contract(domain, node, (lhs[1], rhs[1]), within_x, w[rhs[1]])
         produced = units.compose(units.unify(of_x, of_w, zeroing=True), within_w)
     axes = list(map(given, node.aval.shape))
     axes[out[0]], axes[out[1]] = _varying(x[lhs[0]]), _varying(produced)
