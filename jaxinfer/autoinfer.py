@@ -7,12 +7,32 @@ from jaxinfer.optimize import Frozen, Optimized, optimize
 from jaxinfer.program import VerificationWarning
 from jaxinfer.rewriting import Rule, RuleError
 from jaxinfer.sparsity.coupling_groups import channel_groups
+from jaxinfer.sparsity.distillation import Distillation
+from jaxinfer.sparsity.granularity import NM, Block
+from jaxinfer.sparsity.l0 import L0
+from jaxinfer.sparsity.learn import learn_masks
+from jaxinfer.sparsity.magnitude import Magnitude, StraightThrough, Taylor
+from jaxinfer.sparsity.result import Diverged, Learned
+from jaxinfer.sparsity.schedule import Cubic
+from jaxinfer.sparsity.target import Target, TargetError
 
 __all__ = [
+    "L0",
+    "NM",
+    "Block",
+    "Cubic",
+    "Distillation",
+    "Diverged",
     "Frozen",
+    "Learned",
+    "Magnitude",
     "Optimized",
     "Rule",
     "RuleError",
+    "StraightThrough",
+    "Target",
+    "TargetError",
+    "Taylor",
     "VerificationWarning",
     "channel_groups",
     "grad",
@@ -21,6 +41,7 @@ __all__ = [
     "jacobian",
     "jvp",
     "laplacian",
+    "learn_masks",
     "optimize",
     "value_and_grad",
     "vjp",
