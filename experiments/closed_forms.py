@@ -28,14 +28,14 @@ class Case:
         transform: name of the transformation in `autoinfer` and in `jax`.
         function: what is differentiated.
         by_hand: the closed form.
-        shapes: of the arguments; "n" is the task's size.
+        shapes: of the arguments; whole numbers are lengths, others shares of the task's size n.
         argnums: arguments to differentiate.
     """
 
     transform: str
     function: Callable[..., Any]
     by_hand: Callable[..., Any]
-    shapes: tuple[tuple[int | str, ...], ...]
+    shapes: tuple[tuple[int | float, ...], ...]
     argnums: int | tuple[int, ...] = 0
 
 
@@ -59,22 +59,22 @@ def _factor_gradient(u: Any, v: Any, t: Any) -> Any:
 
 
 CASES: dict[str, Case] = {
-    "Hessian of logistic regression": Case("hessian", _logistic, _logistic_hessian, ((300,), (2000, 300), (2000,))),
-    "Hessian of xᵀAx": Case("hessian", lambda x, a: x @ a @ x, lambda x, a: a + a.T, (("n",), ("n", "n"))),
-    "gradient of xᵀAx": Case("grad", lambda x, a: x @ a @ x, lambda x, a: a @ x + x @ a, (("n",), ("n", "n"))),
+    "Hessian of logistic regression": Case("hessian", _logistic, _logistic_hessian, ((0.3,), (2.0, 0.3), (2.0,))),
+    "Hessian of xᵀAx": Case("hessian", lambda x, a: x @ a @ x, lambda x, a: a + a.T, ((1.0,), (1.0, 1.0))),
+    "gradient of xᵀAx": Case("grad", lambda x, a: x @ a @ x, lambda x, a: a @ x + x @ a, ((1.0,), (1.0, 1.0))),
     "Hessian of least squares": Case(
         "hessian",
         lambda x, a, b: 0.5 * jnp.sum((a @ x - b) ** 2),
         lambda x, a, b: a.T @ a,
-        (("n",), ("n", "n"), ("n",)),
+        ((1.0,), (1.0, 1.0), (1.0,)),
     ),
     "gradient of least squares": Case(
         "grad",
         lambda x, a, b: 0.5 * jnp.sum((a @ x - b) ** 2),
         lambda x, a, b: (a @ x - b) @ a,
-        (("n",), ("n", "n"), ("n",)),
+        ((1.0,), (1.0, 1.0), (1.0,)),
     ),
-    "gradient of ½‖T−UVᵀ‖²": Case("grad", _factor, _factor_gradient, (("n", 50), ("n", 50), ("n", "n")), (0, 1)),
+    "gradient of ½‖T−UVᵀ‖²": Case("grad", _factor, _factor_gradient, ((1.0, 50), (1.0, 50), (1.0, 1.0)), (0, 1)),
 }
 
 
@@ -108,8 +108,7 @@ def closed_forms(request: Request, size: int, seconds: float) -> list[Row]:
 def measure(case: str, size: int, seconds: float) -> Row:
     """One case, here and now."""
     chosen, rng = CASES[case], np.random.default_rng(0)
-    shapes = [tuple(size if d == "n" else int(d) for d in shape) for shape in chosen.shapes]
-    args = [rng.standard_normal(shape) / size**0.5 for shape in shapes]
+    args = [rng.standard_normal(shape) / size**0.5 for shape in shapes_of(chosen, size)]
     ours, theirs = (getattr(m, chosen.transform)(chosen.function, chosen.argnums) for m in (autoinfer, jax))
     by_hand, ours, theirs = (jax.jit(f) for f in (chosen.by_hand, ours, theirs))
     with jax.enable_x64(True):
@@ -126,3 +125,8 @@ def measure(case: str, size: int, seconds: float) -> Row:
         "jax": speed(compare(lambda: by_hand(*args), lambda: theirs(*args), budget_s=seconds / 2)),
         "max_relative_error": error,
     }
+
+
+def shapes_of(case: Case, size: int) -> list[tuple[int, ...]]:
+    """Shapes of the arguments at a size."""
+    return [tuple(round(size * d) if isinstance(d, float) else d for d in shape) for shape in case.shapes]

@@ -60,14 +60,16 @@ def slater(p: Params, x: jax.Array) -> jax.Array:
     return jnp.linalg.slogdet(jnp.tanh(h @ p["b"]) @ p["c"])[1]
 
 
+def network(inputs: int, width: int) -> Problem:
+    """The network with three layers of the given width."""
+    layers = {"a": (inputs, width), "b": (width, width), "c": (width, width), "d": (width, 1)}
+    return Problem(mlp, {**layers, **dict.fromkeys(("a0", "b0", "c0"), (width,))}, inputs)
+
+
 _SQUARE = dict.fromkeys(("query", "key", "value", "out", "layer"), (64, 64))
 
 PROBLEMS: dict[str, Problem] = {
-    "MLP 48→256→256→256→1": Problem(
-        mlp,
-        {"a": (48, 256), "b": (256, 256), "c": (256, 256), "d": (256, 1), "a0": (256,), "b0": (256,), "c0": (256,)},
-        48,
-    ),
+    "MLP 48→256→256→256→1": network(48, 256),
     "attention block, 16×64": Problem(attention, {"embed": (3, 64), **_SQUARE, "sum": (64,)}, 48),
     "Slater log-determinant, 16": Problem(slater, {"a": (3, 64), "b": (64, 64), "c": (64, 16)}, 48),
 }
@@ -103,7 +105,12 @@ def laplacian(request: Request, batch: int, seconds: float, thresholds: Sequence
 
 def measure(problem: str, batch: int, seconds: float, thresholds: Sequence[int]) -> Row:
     """One problem, here and now."""
-    case = PROBLEMS[problem]
+    figures = measured(PROBLEMS[problem], batch, seconds, thresholds)
+    return {"task": "laplacian", "problem": problem, "batch": batch, **environment(), **figures}
+
+
+def measured(case: Problem, batch: int, seconds: float, thresholds: Sequence[int]) -> Row:
+    """The error in float64, and times in float32 beside the trace of the Hessian and beside folx."""
     with jax.enable_x64(True):
         params, x = _arguments(case, batch, jnp.float64)
         exact = _trace_of_hessian(case)(params, x)
@@ -114,10 +121,6 @@ def measure(problem: str, batch: int, seconds: float, thresholds: Sequence[int])
     others = {str(t): _folx(case, t) for t in thresholds} if importlib.util.find_spec("folx") else {}
     beside_folx = {t: _beside(other, ours, params, x, seconds) for t, other in others.items()}
     return {
-        "task": "laplacian",
-        "problem": problem,
-        "batch": batch,
-        **environment(),
         "relative_error": error,
         "beside_hessian": _beside(hessian, ours, params, x, seconds),
         "beside_folx": beside_folx,

@@ -19,7 +19,10 @@ from jaxinfer.report import numbers
 from jaxinfer.report.sheet import Cell, Sheet
 from jaxinfer.search.measure import compare
 
-_TINY = {"burgers": 40, "brusselator": 6, "rosenbrock": 30, "image": 12}
+# Sizes for trying things out.
+TINY = {"burgers": 40, "brusselator": 6, "rosenbrock": 30, "image": 12}
+# Rows and columns of a colouring that are drawn.
+_CORNER = 48
 
 
 class Case(NamedTuple):
@@ -90,10 +93,10 @@ def sparse(
         burgers, brusselator, rosenbrock, image: sizes of the cases.
         dense: whether to time the dense derivative too.
         seconds: to spend on timing each pair.
-        plots: a folder for drawings of the patterns, None for no drawings.
+        plots: a folder for drawings of the patterns and colourings, None for no drawings.
     """
     sizes = {"burgers": burgers, "brusselator": brusselator, "rosenbrock": rosenbrock, "image": image}
-    sizes = _TINY if request.tiny else sizes
+    sizes = TINY if request.tiny else sizes
     rows = [fresh(measure, name=n, sizes=sizes, dense=dense, seconds=seconds, plots=plots) for n in sizes]
     append(request.output, rows)
     columns = ("case", "entries", "passes", "used", "planned, s", "dense", "speed (95 % bounds)", "beside asdex")
@@ -135,7 +138,7 @@ def measure(name: str, sizes: dict[str, int], dense: bool, seconds: float, plots
             against = compare(lambda: evaluate(x).data, lambda: compiled(x).data, budget_s=seconds)
             row["asdex"] = {**figures, **speed(against), "max_relative_error": _error(evaluate(x), reference(x))}
         if plots is not None:
-            _draw(ours, x, Path(plots) / f"{name}.png")
+            _draw(ours, x, f"{name}, n = {sizes[name]}", Path(plots) / f"{name}.png")
         return row
 
 
@@ -169,12 +172,22 @@ def _asdex(case: Case, x: jax.Array) -> tuple[Row, Callable[[jax.Array], Any]] |
     return figures, jax.jit(getattr(asdex, f"{kind}_from_coloring")(case.fun, coloring))
 
 
-def _draw(derivative: SparseDerivative, x: jax.Array, path: Path) -> None:
+def _draw(derivative: SparseDerivative, x: jax.Array, title: str, path: Path) -> None:
+    """The whole pattern, and the colouring of a corner in which single columns can be told apart."""
     import matplotlib
 
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (whole, corner) = pyplot.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    derivative.plot(x, axes=whole)
+    derivative.plot_coloring(x, axes=corner, corner=_CORNER)
+    whole.set(title="pattern")
+    corner.set(title=f"which columns and rows share a pass (of the first {_CORNER})")
+    figure.suptitle(f"{title}: {derivative.coloring(x)!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    derivative.plot(x).figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def _cells(row: Row) -> tuple[Cell, ...]:

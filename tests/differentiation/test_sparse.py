@@ -248,6 +248,31 @@ def test_plot():
     assert len(points.get_offsets()) == 36
 
 
+def stripes(axes):
+    """The colour of each stripe by its place, without what makes it transparent."""
+    return {round(patch.get_x() + 0.5): tuple(patch.get_facecolor()[:3]) for patch in axes.patches}
+
+
+def test_plot_of_a_coloring():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    derivative, x = sparse_jacobian(burgers), random(12)
+    coloring = derivative.coloring(x)
+    colors = stripes(derivative.plot_coloring(x))
+    assert set(colors) == set(range(12)) and len(set(colors.values())) == coloring.forward == 3
+    # Columns have one colour exactly where they share a pass.
+    same = np.equal.outer(coloring.columns, coloring.columns)
+    np.testing.assert_array_equal([[colors[i] == colors[j] for j in range(12)] for i in range(12)], same)
+    corner = derivative.plot_coloring(x, corner=4)
+    assert stripes(corner) == {i: colors[i] for i in range(4)}
+    (points,) = corner.collections
+    # Three diagonals of a 4×4 corner.
+    assert len(points.get_offsets()) == 4 + 2 * 3
+    # Every entry has the colour of the column it is read off.
+    for (column, _), color in zip(points.get_offsets(), points.get_facecolors()):
+        assert tuple(color[:3]) == colors[column]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -63,6 +63,12 @@ class Coloring:
         """Time of all passes, in forward passes."""
         return self.forward + REVERSE_COST * self.reverse
 
+    @property
+    def taken_from(self) -> np.ndarray:
+        """The pass that each entry is read from: forward ones from 0, then reverse ones."""
+        m, n = self.pattern.shape
+        return np.searchsorted(np.cumsum([*[m] * self.forward, *[n] * self.reverse]), self.source, "right")
+
     @classmethod
     def empty(cls, pattern: Pattern) -> Coloring:
         """No passes, for a matrix without entries."""

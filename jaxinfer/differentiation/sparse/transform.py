@@ -108,9 +108,33 @@ class SparseDerivative:
         from jaxinfer.report.pattern import plot_pattern
 
         coloring = self.coloring(*args, **kwargs)
-        passes = np.searchsorted(_pass_ends(coloring), coloring.source, "right")
         pattern = coloring.pattern
-        return plot_pattern(pattern.rows, pattern.cols, pattern.shape, passes, repr(coloring), axes)
+        return plot_pattern(pattern.rows, pattern.cols, pattern.shape, coloring.taken_from, repr(coloring), axes)
+
+    def plot_coloring(self, *args: Any, axes: Any = None, corner: int | None = None, **kwargs: Any) -> Any:
+        """Draws which columns and rows share a pass: as stripes in the colour of the pass, with the entries on them.
+
+        Args:
+            *args, **kwargs: arguments of the function.
+            axes: Matplotlib axes to draw on; new ones by default.
+            corner: how many leading rows and columns to draw; all by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: Matplotlib is not installed (it comes with ``jaxinfer[experiments]``).
+        """
+        from jaxinfer.report.pattern import plot_coloring
+
+        coloring = self.coloring(*args, **kwargs)
+        rows, cols = coloring.pattern.rows, coloring.pattern.cols
+        m, n = (length if corner is None else min(length, corner) for length in coloring.pattern.shape)
+        drawn = (rows < m) & (cols < n)
+        columns_of, rows_of = coloring.columns[:n], coloring.rows[:m]
+        rows_of = np.where(rows_of < 0, -1, coloring.forward + rows_of)
+        entries = (rows[drawn], cols[drawn], (m, n), coloring.taken_from[drawn])
+        return plot_coloring(*entries, columns_of, rows_of, repr(coloring), axes)
 
     def _plan(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Plan, list[Any]]:
         argnums = check_argnums(self._argnums, len(args), self._name)
@@ -145,11 +169,6 @@ class SparseDerivative:
             found = jax.tree.unflatten(program.call.chosen_tree, arrays[o * width : (o + 1) * width])
             rows.append(found[0] if isinstance(self._argnums, int) else tuple(found))
         return program.traced.unflatten(rows)
-
-
-def _pass_ends(coloring: Coloring) -> np.ndarray:
-    m, n = coloring.pattern.shape
-    return np.cumsum([*[m] * coloring.forward, *[n] * coloring.reverse])
 
 
 def _check_results(program: Program, name: str, holomorphic: bool) -> None:
