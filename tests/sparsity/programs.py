@@ -13,6 +13,9 @@ import programs_flax_transformers
 import programs_flax_vision
 import programs_haiku
 import programs_jax
+import programs_jax2onnx
+import programs_jax2onnx_vision
+import programs_mixture
 from programs_base import Program
 
 PROGRAMS: tuple[Program, ...] = (
@@ -23,4 +26,7 @@ PROGRAMS: tuple[Program, ...] = (
     *programs_equinox.PROGRAMS,
     *programs_jax.PROGRAMS,
     *programs_haiku.PROGRAMS,
+    *programs_jax2onnx_vision.PROGRAMS,
+    *programs_jax2onnx.PROGRAMS,
+    *programs_mixture.PROGRAMS,
 )

@@ -171,7 +171,7 @@ def _generator() -> _Layers:
     keys = jax.random.split(jax.random.key(0), 4)
     layers: list[Any] = []
     for key, (into, out, stride, padding) in zip(keys, ((10, 24, 1, 0), (24, 16, 2, 1), (16, 8, 2, 1), (8, 1, 2, 1))):
-        conv = eqx.nn.ConvTranspose2d(into, out, 4, stride, padding, use_bias=False, key=key)
+        conv = eqx.nn.ConvTranspose2d(into, out, 4, stride, padding=padding, use_bias=False, key=key)
         layers += [conv] + ([_batch_norm(out), jax.nn.relu] if out > 1 else [jax.nn.tanh])
     return _Layers(layers)
 
@@ -180,7 +180,7 @@ def _discriminator() -> _Layers:
     keys = jax.random.split(jax.random.key(0), 4)
     layers: list[Any] = []
     for key, (into, out, stride, padding) in zip(keys, ((1, 8, 2, 1), (8, 16, 2, 1), (16, 24, 2, 1), (24, 1, 4, 0))):
-        layers.append(eqx.nn.Conv2d(into, out, 4, stride, padding, use_bias=False, key=key))
+        layers.append(eqx.nn.Conv2d(into, out, 4, stride, padding=padding, use_bias=False, key=key))
         if into > 1 and out > 1:
             layers.append(_batch_norm(out))
         if out > 1:
@@ -194,7 +194,7 @@ def _stateful(build: Callable[[], _Layers], shape: tuple[int, ...], dtype: Any) 
     arrays, static = eqx.partition((eqx.nn.inference_mode(model), state), _is_floating)
     model_params, statistics = (random_params(part, dtype, out_axis=0) for part in arrays)
     # Positive, because half of the statistics are variances.
-    params = model_params, jax.tree.map(lambda x: 0.5 + jnp.abs(x), statistics)
+    params = model_params, jax.tree.map(lambda x: 0.1 + jnp.abs(x), statistics)
 
     def fun(params: Any, x: jax.Array) -> jax.Array:
         model, state = eqx.combine(params, static)

@@ -34,7 +34,7 @@ def _normalized(params: Params, x: jax.Array) -> jax.Array:
 
 
 def _norm_shapes(width: int) -> Params:
-    return {name: (width,) for name in ("scale", "bias", "mean", "var")}
+    return dict.fromkeys(("scale", "bias", "mean", "var"), (width,))
 
 
 @listed("google-deepmind/dm-haiku haiku/_src/nets/mobilenetv1.py", "conv", "depthwise", "norm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -90,14 +91,13 @@ def jax_resnet50(dtype: Any) -> Made:
         *(_conv_block((8, 8, 32), (2, 2)), _identity_block((8, 8))),
         *(stax.AvgPool((3, 3)), stax.Flatten, stax.Dense(10), stax.LogSoftmax),
     )
-    made = _stax(layers, (24, 24, 3, 2), lambda draw, batch: (draw.normal(24, 24, 3, batch),), dtype)
-    return made
+    return _stax(layers, (24, 24, 3, 2), lambda draw, batch: (draw.normal(24, 24, 3, batch),), dtype)
 
 
 @listed("jax-ml/jax examples/spmd_mnist_classifier_fromscratch.py", "dense")
 def jax_spmd_classifier(dtype: Any) -> Made:
     widths = (36, 24, 24, 10)
-    shapes = [((m, n), (n,)) for m, n in zip(widths[:-1], widths[1:])]
+    shapes = [((m, n), (n,)) for m, n in pairwise(widths)]
 
     def fun(params: list[tuple[jax.Array, jax.Array]], x: jax.Array) -> jax.Array:
         for w, b in params[:-1]:
@@ -113,7 +113,7 @@ def jax_spmd_classifier(dtype: Any) -> Made:
 def jax_vmapped_predict(dtype: Any) -> Made:
     """Written for one image: matrix times vector, rows of the matrix are outputs; then mapped."""
     widths = (36, 24, 16, 10)
-    shapes = [((n, m), (n,)) for m, n in zip(widths[:-1], widths[1:])]
+    shapes = [((n, m), (n,)) for m, n in pairwise(widths)]
 
     def predict(params: list[tuple[jax.Array, jax.Array]], image: jax.Array) -> jax.Array:
         for w, b in params[:-1]:
