@@ -104,8 +104,10 @@ def _pad(domain: Coupling, node: Node, x: Axes, value: Axes) -> Sequence[Axes]:
 
 
 def _reshape(domain: Coupling, node: Node, x: Axes, *dynamic: Axes) -> Sequence[Axes]:
-    old, new = node.inputs[0].shape, node.aval.shape
-    if node.params.get("dimensions") is not None or 0 in old or dynamic:
+    order = node.params.get("dimensions") or range(len(x))
+    x = tuple(x[axis] for axis in order)
+    old, new = tuple(node.inputs[0].shape[axis] for axis in order), node.aval.shape
+    if 0 in old or dynamic:
         return domain.default(node, x, *dynamic)
     axes: list[Vector] = list(map(free, new))
     for vector in x:

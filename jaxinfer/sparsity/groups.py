@@ -8,6 +8,7 @@ head and to its place within all heads); it goes as soon as one of them goes.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
+
+from jaxinfer.report.groups import GroupRow, draw_groups, groups_sheet
+from jaxinfer.report.sheet import Sheet
 
 Kind = Literal["channel", "head", "input"]
 NO_UNIT = -1
@@ -214,6 +219,38 @@ class Groups(Sequence[Group]):
                 size = size * values.sum()
             total = total + size
         return total
+
+    # -- to look at --
+
+    def table(self) -> Sheet:
+        """The groups as a table: ``rich.print(groups.table())``."""
+        return groups_sheet(self._rows(), self.macs(), self.bytes())
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120, highlight=False)
+        console.print(self.table())
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def draw(self, path: str) -> None:
+        """Draws which parameters each group ties, along which axes.
+
+        Args:
+            path: where the drawing goes; its ending says in which format (``.png``, ``.svg``, ``.pdf``).
+
+        Raises:
+            ImportError: Matplotlib is not installed (it comes with ``jaxinfer[experiments]``).
+        """
+        draw_groups(self._rows(), path)
+
+    def _rows(self) -> list[GroupRow]:
+        macs, size = self.macs(), self.bytes()
+        rows = []
+        for group in self._groups:
+            without = {group.name: np.zeros(group.size, bool)}
+            members = tuple((m.name, m.axis) for m in group.members)
+            gone = macs - self.macs(without), size - self.bytes(without)
+            rows.append(GroupRow(group.name, group.kind, group.size, members, *gone))
+        return rows
 
     def _flags(self, kept: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if unknown := [name for name in kept if name not in self.named]:
