@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +25,9 @@ _NOTES = {
 }
 # Forms that differ from a plain product only where the window has several positions.
 _BY_TAP = frozenset({"im2col_as_dot", "shifted_dots", "rowwise_dots"})
-# Grouped forms write one operation a group; beyond this many the program would grow without end.
+# Some forms write one operation a group or a position of the window; beyond this many they would be slow to compile.
 _MOST_PARTS = 16
+_MOST_TAPS = 121
 # F(4, 3) keeps its rounding error within the tier when it sums over this many channels; over fewer, rounding in the
 # transforms shows.
 _WINOGRAD_4_CHANNELS = 16
@@ -73,6 +75,9 @@ def _rule(form: ConvolutionForm) -> Rule:
         params = m.params("conv")
         window = [m["w"].shape[i] for i in params["dimension_numbers"].rhs_spec[2:]]
         if form.name in _BY_TAP and all(size == 1 for size in window):
+            return False
+        # The gradient of a kernel is a convolution whose window is a whole image.
+        if math.prod(window) > _MOST_TAPS:
             return False
         if form.name == "grouped_as_split" and params["feature_group_count"] > _MOST_PARTS:
             return False
