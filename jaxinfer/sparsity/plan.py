@@ -1,0 +1,179 @@
+"""Which slices of which parameters go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.graph import Graph
+from jaxinfer.sparsity.flow import (
+    ALIVE,
+    DYNAMIC,
+    NUMBER,
+    PARAMETER,
+    UNUSED,
+    ZERO,
+    Entry,
+    Needs,
+    needs_of,
+    uniform,
+)
+from jaxinfer.sparsity.flow_rules import RULES
+from jaxinfer.sparsity.slices import NONE, Indices, Sliced, made, merged, without
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """A parameter of the whole program and what of it is there.
+
+    Attributes:
+        name: its key path.
+        shape: in the whole program.
+        masked: its number of masked entries.
+        removed: for each axis the slices that go.
+        void: for each axis those of them that nothing depends on.
+        frozen: for each axis those of them whose values still count, as constants.
+        fill: what stands in the slices that go, float or int; axes of full size, or all of size one where it is zero.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    masked: int
+    removed: tuple[Indices, ...]
+    void: tuple[Indices, ...]
+    frozen: tuple[Indices, ...]
+    fill: np.ndarray
+
+    @property
+    def keep(self) -> tuple[Indices | None, ...]:
+        """For each axis the slices that stay, None where all do."""
+        return tuple(without(n, r) if r.size else None for n, r in zip(self.shape, self.removed))
+
+    @property
+    def small(self) -> tuple[int, ...]:
+        """Its shape in the small program."""
+        return tuple(n - len(r) for n, r in zip(self.shape, self.removed))
+
+    def value(self, array: Any, number: int) -> Sliced:
+        """The parameter in the whole program, as the slices that are there."""
+        fill = self.fill.astype(array.dtype)
+        leaf = tuple((number, a) for a in range(len(self.shape)))
+        return made(self.shape, array, self.keep, None, fill, self.void, leaf=leaf)
+
+    def taken(self, array: Any) -> np.ndarray:
+        """The slices of a whole array that stay."""
+        array = np.asarray(array)
+        for axis, keep in enumerate(self.keep):
+            if keep is not None:
+                array = np.take(array, keep, axis)
+        return array
+
+
+def whole_parameter(name: str, array: Any, mask: np.ndarray | None) -> Parameter:
+    """A parameter none of which goes."""
+    none = (NONE,) * np.ndim(array)
+    masked = 0 if mask is None else int((~mask).sum())
+    return Parameter(name, np.shape(array), masked, none, none, none, np.zeros((1,) * np.ndim(array)))
+
+
+@dataclass(frozen=True, eq=False)
+class Uses:
+    """What parameters are needed for.
+
+    Attributes:
+        now: for each parameter, with the masks.
+        before: without them.
+        reaches: for each result whether inputs still reach it.
+        reached: for each result whether they did without the masks.
+    """
+
+    now: tuple[Needs, ...]
+    before: tuple[Needs, ...]
+    reaches: tuple[bool, ...]
+    reached: tuple[bool, ...]
+
+
+def uses(graph: Graph, masks: Sequence[np.ndarray | None]) -> Uses:
+    """What parameters are needed for; they are the first inputs of the graph."""
+    count = len(masks)
+    entries = []
+    for i, node in enumerate(graph.inputs):
+        rank = len(getattr(node.aval, "shape", ()))
+        kind = uniform(PARAMETER if i < count else DYNAMIC, rank)
+        mask = masks[i] if i < count else None
+        now = kind if mask is None else np.where(mask, np.uint8(PARAMETER), np.uint8(ZERO))
+        entries.append(Entry(now, kind))
+    now, before, results = needs_of(graph, RULES, entries)
+    return Uses(
+        tuple(now[:count]),
+        tuple(before[:count]),
+        tuple(bool((r.now == DYNAMIC).any()) for r in results),
+        tuple(bool((r.before == DYNAMIC).any()) for r in results),
+    )
+
+
+def decide(
+    parameter: Parameter,
+    values: np.ndarray,
+    mask: np.ndarray | None,
+    now: Needs,
+    before: Needs,
+    *,
+    stays: Sequence[Indices],
+    only_masked: bool = False,
+) -> Parameter:
+    """Which slices of a parameter go.
+
+    A slice goes if all its entries are masked, or no longer needed alive, because of the masks.
+
+    Args:
+        parameter: the parameter.
+        values: its masked values.
+        mask: its mask.
+        now: what it is needed for with the masks.
+        before: what it was needed for without them.
+        stays: for each axis slices that do not go in any case.
+        only_masked: let only slices go that are masked altogether.
+    """
+    shape = parameter.shape
+    now, before = np.broadcast_to(now, shape), np.broadcast_to(before, shape)
+    masked = np.zeros(shape, bool) if mask is None else ~mask
+    cut = (now < ALIVE) & (before == ALIVE)
+    spare = masked if only_masked else masked | (now < ALIVE)
+    removed, void, frozen = [], [], []
+    for axis in range(len(shape)):
+        others = tuple(a for a in range(len(shape)) if a != axis)
+        if 0 in shape:
+            removed.append(NONE)
+            void.append(NONE)
+            frozen.append(NONE)
+            continue
+        goes = spare.all(axis=others) & (masked | cut).any(axis=others)
+        goes[stays[axis]] = False
+        needed = (~masked & (now == NUMBER)).any(axis=others)
+        unused = (~masked & (now == UNUSED)).any(axis=others)
+        removed.append(np.flatnonzero(goes))
+        frozen.append(np.flatnonzero(goes & needed))
+        void.append(np.flatnonzero(goes & unused & ~needed))
+    fill = np.where(_there(shape, removed) | ~_there(shape, void), np.zeros((), values.dtype), values)
+    if not np.any(fill):
+        fill = np.zeros((1,) * len(shape), values.dtype)
+    return replace(parameter, removed=tuple(removed), void=tuple(void), frozen=tuple(frozen), fill=fill)
+
+
+def _there(shape: Sequence[int], gone: Sequence[Indices]) -> np.ndarray:
+    """The entries none of whose slices are gone."""
+    there = np.ones(shape, bool)
+    for axis, indices in enumerate(gone):
+        there[(slice(None),) * axis + (indices,)] = False
+    return there
+
+
+def with_slices(stays: Sequence[Indices], more: dict[int, set[int]]) -> tuple[Indices, ...]:
+    """Slices that stay, and more of them by axis."""
+    return tuple(
+        merged(s, np.array(sorted(more[a]), np.int64)) if more.get(a) else s for a, s in enumerate(stays)
+    )
