@@ -15,6 +15,7 @@ from jaxinfer.sparsity.magnitude import Magnitude, StraightThrough, Taylor
 from jaxinfer.sparsity.result import Diverged, Learned
 from jaxinfer.sparsity.schedule import Cubic
 from jaxinfer.sparsity.target import Target, TargetError
+from jaxinfer.storage import Loaded, StorageError, load, save
 
 __all__ = [
     "L0",
@@ -25,10 +26,12 @@ __all__ = [
     "Diverged",
     "Frozen",
     "Learned",
+    "Loaded",
     "Magnitude",
     "Optimized",
     "Rule",
     "RuleError",
+    "StorageError",
     "StraightThrough",
     "Target",
     "TargetError",
@@ -42,7 +45,9 @@ __all__ = [
     "jvp",
     "laplacian",
     "learn_masks",
+    "load",
     "optimize",
+    "save",
     "value_and_grad",
     "vjp",
 ]

@@ -18,6 +18,7 @@ from jaxinfer.pipeline import Settings
 from jaxinfer.program import Form, Program, Recalled, settle
 from jaxinfer.report.explain import Explanation
 from jaxinfer.report.hlo import HloComparison
+from jaxinfer.settled import SettledCall
 from jaxinfer.summary import explain
 
 
@@ -144,6 +145,35 @@ class Optimized:
             inner, call = self._inner_call(args, kwargs)
             return inner.program(*call)
         return self._program(self._settled(args, kwargs))
+
+    @property
+    def bound_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that come with the function: frozen ones, or a module."""
+        return self._bound
+
+    def settled_calls(self) -> list[SettledCall]:
+        """Every kind of call it has a program for under JAX's present settings, in the order they came.
+
+        Raises:
+            TypeError: if such a call takes or returns more than arrays, or changes the state of a module.
+        """
+        if self._inner is not None:
+            bound = [] if self._inner._known_leaves() else pack(self._bound)[0]
+            return [call.unpacked(bound, self._options) for call in self._inner.settled_calls()]
+        calls: dict[Any, SettledCall] = {}
+        for key in [*self._programs, *self._recalled]:
+            signature = key.signature if isinstance(key, _Abstract) else key
+            if signature[3] != _jax.settings_key() or (signature in calls and key != signature):
+                continue
+            program = self._program(key)
+            weights = self._held_weights(key, program)
+            results = self._out_trees[signature]
+            calls[signature] = SettledCall.of(program, self._settings, weights, self._options, signature, results)
+        return list(calls.values())
+
+    def _held_weights(self, key: Any, program: Program) -> list[Any]:
+        """The arrays that a settled program runs with."""
+        return program.weights(program.form)
 
     def _settled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Settles the signature of a call if it is new; where its program is found."""
@@ -324,6 +354,9 @@ class Frozen(Optimized):
         program = self._programs[key]
         if program.optimized:
             self._weights[key] = program.weights(program.form)
+
+    def _held_weights(self, key: Any, program: Program) -> list[Any]:
+        return self._weights.get(key) or super()._held_weights(key, program)
 
     def _program(self, key: Any) -> Program:
         loaded = key in self._recalled

@@ -21,10 +21,11 @@ _WORTH_TRYING: Mapping[str, tuple[tuple[str, Mapping[str, str]], ...]] = {
 @functools.cache
 def compiler_options(platform: str) -> tuple[tuple[str, Mapping[str, str]], ...]:
     """Options for a platform that this version of XLA knows: (in words, as ``jax.jit`` takes them)."""
-    return tuple((words, options) for words, options in _WORTH_TRYING.get(platform, ()) if _known(options))
+    return tuple((words, options) for words, options in _WORTH_TRYING.get(platform, ()) if known(options))
 
 
-def _known(options: Mapping[str, str]) -> bool:
+def known(options: Mapping[str, str]) -> bool:
+    """Whether this version of XLA has such compiler options."""
     try:
         jax.jit(jnp.negative, compiler_options=dict(options)).lower(jnp.float32(1)).compile()
     except jax.errors.JaxRuntimeError:

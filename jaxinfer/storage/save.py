@@ -1,0 +1,313 @@
+"""Programs → files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.tree_util import SequenceKey
+
+from jaxinfer import _jax
+from jaxinfer.arguments import Options
+from jaxinfer.call import PLATFORMS
+from jaxinfer.graph.node import INLINE_ELEMENTS
+from jaxinfer.optimized import Optimized
+from jaxinfer.pipeline import platform_now
+from jaxinfer.settled import PlatformProgram, SettledCall
+from jaxinfer.storage.arrays import ArrayWriter
+from jaxinfer.storage.container import Section, StorageError, write
+from jaxinfer.storage.structure import describe, describe_static
+
+BATCH = "batch"
+
+
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """One kind of call to be stored.
+
+    Attributes:
+        arguments: structure of ``(args, kwargs)``.
+        avals: types of its leaves.
+        options: which arguments are static.
+        static: their values.
+        results: structure of the results.
+        bound: operands after the weights and before the call's.
+        on: what runs on a platform.
+    """
+
+    arguments: Any
+    avals: Sequence[Any]
+    options: Options
+    static: Any
+    results: Any
+    bound: Sequence[Any]
+    on: Callable[[str], PlatformProgram]
+
+
+def save(
+    program: Any,
+    path: str | os.PathLike[str],
+    *examples: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    batch_axes: Any = None,
+    platforms: Sequence[str] | None = None,
+    scheme: Any = None,
+    zstd: bool = False,
+    vjp_order: int = 0,
+) -> None:
+    """Writes a program and its weights into one file, from which :func:`load` runs it without its code.
+
+    What is stored of an optimized or frozen function is what was settled: the programs that its calls so far run, with
+    the same folded weights and compiler options, so that results are the same bit for bit on the same machine. The
+    file is written beside its place and moved there when it is complete.
+
+    Args:
+        program: an optimized or frozen function; any other function of arrays; or ``(function, params)``, as
+            ``shrink`` and ``quantize`` return them: the function with its first argument known, which is stored as it
+            is (quantized weights stay small, where freezing might compute with them beforehand).
+        path: the file. One that exists is replaced.
+        *examples: arguments of a call to store; arrays or ``jax.ShapeDtypeStruct``. An optimized function stores
+            every kind of call it had so far besides, and needs none if it had one. Called with arrays, it is settled
+            now, which is measured; with types only, by the analytic model.
+        kwargs: keyword arguments of that call.
+        batch_axes: stores one more program, for batches of any size: the axis that is the batch, an int or a pytree of
+            them that is a prefix of ``examples``, None for arguments without, as ``in_axes`` of ``jax.vmap``. Kinds of
+            calls that are stored with their sizes still run their own program. Other symbolic dimensions can be given
+            as the shapes of ``jax.ShapeDtypeStruct`` examples (:func:`jax.export.symbolic_shape`).
+        platforms: among ``"cpu"``, ``"cuda"``, ``"rocm"`` and ``"tpu"``; by default the present one. Each gets a
+            program of its own.
+        scheme: how the weights were quantized, to be read again from ``load(path).scheme``: a dataclass or JSON types.
+            By default the attribute ``scheme`` of the function, if it has one.
+        zstd: compress arrays where that makes them smaller (``pip install "jaxinfer[zstd]"``).
+        vjp_order: how many times the loaded function is to be differentiable.
+
+    Raises:
+        StorageError: if the program has no signature yet and no examples were given, holds what has no place in a file
+            (calls back into Python, several devices), or cannot be written. What was at ``path`` is then unchanged.
+
+    Example:
+        >>> import tempfile, os, jax.numpy as jnp
+        >>> from jaxinfer import autoinfer
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+        >>> autoinfer.save((lambda w, x: x @ w, jnp.eye(3)), path, jnp.ones((1, 3)), batch_axes=0)
+        >>> autoinfer.load(path)(jnp.ones((5, 3))).shape
+        (5, 3)
+    """
+    fun = program[0] if isinstance(program, tuple) and len(program) == 2 else program
+    if not callable(fun):
+        raise StorageError(f"a {type(program).__name__} is no program: give a function, or (function, params)")
+    calls = [(examples, dict(kwargs or {}))] if examples or kwargs else []
+    if batch_axes is not None:
+        calls.append(_with_symbolic_batch(examples, dict(kwargs or {}), batch_axes))
+    kinds = _settled(program, calls) if isinstance(program, Optimized) else _traced(program, calls)
+    if not kinds:
+        raise StorageError(
+            f"{_name(fun)} was not called yet, so that it is not known what to store: call it first, or give example "
+            "arguments (jax.ShapeDtypeStruct will do) after the path"
+        )
+    arrays = ArrayWriter(zstd)
+    paths = _paths(program)
+    programs: list[Section] = []
+    entries = []
+    for platform in _checked(platforms):
+        for kind in kinds:
+            entry, code = _entry(_name(fun), kind, platform, arrays, paths, vjp_order)
+            entry["program"] = f"autoinfer.program.{len(programs)}"
+            programs.append(Section(entry["program"], np.frombuffer(zlib.compress(code, 9), np.uint8)))
+            entries.append(entry)
+    content = {
+        "name": _name(fun),
+        "versions": {name: version(name) for name in ("jaxinfer", "jax", "jaxlib")},
+        "scheme": _scheme(fun if scheme is None else scheme, scheme is None),
+        "arrays": arrays.descriptions,
+        "entries": entries,
+    }
+    write(path, content, [*arrays.sections, *programs])
+
+
+# -- what to store ----------------------------------------------------------------------------------------------------
+
+
+def _settled(program: Optimized, calls: Sequence[tuple[Any, dict[str, Any]]]) -> list[_Kind]:
+    try:
+        for args, kwargs in calls:
+            program.program(*args, **kwargs)
+        return [_kind_of(call) for call in program.settled_calls()]
+    except (TypeError, RuntimeError) as error:
+        raise StorageError(f"{_name(program)} cannot be stored: {error}") from error
+
+
+def _kind_of(call: SettledCall) -> _Kind:
+    return _Kind(call.arguments, call.avals, call.options, call.static, call.results, call.bound, call.on)
+
+
+def _traced(program: Any, calls: Sequence[tuple[Any, dict[str, Any]]]) -> list[_Kind]:
+    """The kinds of calls of a function that is stored as it is written."""
+    fun, known = (program[0], program[1:]) if isinstance(program, tuple) else (program, ())
+    leaves, bound_tree = jax.tree.flatten(known)
+    bound = [x if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else jnp.asarray(x) for x in leaves]
+    return [_trace(fun, bound, bound_tree, args, kwargs) for args, kwargs in calls]
+
+
+def _trace(fun: Any, bound: Sequence[Any], bound_tree: Any, args: Any, kwargs: dict[str, Any]) -> _Kind:
+    leaves, tree = jax.tree.flatten((tuple(args), kwargs))
+    structure: list[Any] = []
+
+    def flat(*values: Any) -> list[Any]:
+        given, named = jax.tree.unflatten(tree, values[len(bound) :])
+        results, out_tree = jax.tree.flatten(
+            fun(*jax.tree.unflatten(bound_tree, values[: len(bound)]), *given, **named)
+        )
+        structure[:] = [out_tree]
+        return results
+
+    try:
+        avals = [_jax.abstract(x) for x in leaves]
+        jaxpr = _jax.make_jaxpr(flat, [*map(_jax.abstract, bound), *avals])
+    except TypeError as error:
+        raise StorageError(f"{_name(fun)} cannot be stored as a function of arrays: {error}") from error
+    run = PlatformProgram(lambda weights, *operands: _jax.jaxpr_as_fun(jaxpr)(*operands), [])
+    return _Kind(tree, avals, Options(), (), structure[0], bound, lambda platform: run)
+
+
+def _with_symbolic_batch(examples: Sequence[Any], kwargs: dict[str, Any], axes: Any) -> tuple[Any, dict[str, Any]]:
+    """The call with one size replaced by a symbol."""
+    scope = export.SymbolicScope()
+    (size,) = export.symbolic_shape(BATCH, scope=scope)
+
+    def symbolic(axis: int | None, argument: Any) -> Any:
+        return argument if axis is None else jax.tree.map(lambda x: replaced(x, axis), argument)
+
+    def replaced(leaf: Any, axis: int) -> jax.ShapeDtypeStruct:
+        aval = _jax.abstract(leaf)
+        if not -len(aval.shape) <= axis < len(aval.shape):
+            raise StorageError(f"batch_axes names axis {axis} of an argument of shape {aval.shape}")
+        shape = list(aval.shape)
+        shape[axis] = size
+        return jax.ShapeDtypeStruct(shape, aval.dtype)
+
+    if kwargs:
+        raise StorageError("batch_axes goes with positional examples: give ShapeDtypeStructs of symbolic shape instead")
+    if isinstance(axes, int):
+        axes = (axes,) * len(examples)
+    try:
+        return tuple(jax.tree.map(symbolic, tuple(axes), tuple(examples), is_leaf=lambda x: x is None)), kwargs
+    except (TypeError, ValueError) as error:
+        raise StorageError(f"batch_axes is no prefix of the examples: {error}") from error
+
+
+# -- one program ------------------------------------------------------------------------------------------------------
+
+
+def _entry(
+    name: str, kind: _Kind, platform: str, arrays: ArrayWriter, paths: Mapping[int, str], vjp_order: int
+) -> tuple[dict[str, Any], bytes]:
+    """What the manifest says of a kind of call on a platform, and the program."""
+    try:
+        program = kind.on(platform)
+    except RuntimeError as error:
+        raise StorageError(f"{name} cannot be stored for {platform}: {error}") from error
+    run, weights, results = _lifted(program, kind)
+    by_number, by_name = kind.static or ((), ())
+    entry = {
+        "platform": platform,
+        "arguments": describe(kind.arguments),
+        "static": [[[key, describe_static(value)] for key, value in part] for part in (by_number, by_name)],
+        "types": [_type(aval) for aval in kind.avals],
+        "results": describe(kind.results),
+        "result_types": [_type(aval) for aval in results],
+        "weights": [arrays.add(w, paths.get(id(w), f"weight.{i}")) for i, w in enumerate(weights)],
+        "form": program.form,
+        "options": dict(program.options),
+    }
+    try:
+        types = [_jax.to_struct(_jax.abstract(x)) for x in weights], *map(_jax.to_struct, kind.avals)
+        run.__name__ = name
+        exported = export.export(jax.jit(run), platforms=(platform,))(*types)
+        if exported.nr_devices != 1:
+            raise StorageError(f"{name} runs on {exported.nr_devices} devices: store it for one")
+        return entry, bytes(exported.serialize(vjp_order=vjp_order))
+    except ImportError as error:
+        raise StorageError(f"programs are written with a package: pip install flatbuffers ({error})") from error
+    except (NotImplementedError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{name} cannot be stored for {platform}: {error}") from error
+
+
+def _lifted(program: PlatformProgram, kind: _Kind) -> tuple[Any, list[Any], Sequence[Any]]:
+    """A program as ``run(weights, *operands)``, its large constants among the weights, and the types of its results."""
+    given = [*program.weights, *kind.bound]
+    count = len(program.weights)
+    jaxpr = _jax.make_jaxpr(
+        lambda *values: program.flat(list(values[:count]), *values[count:]), [*map(_jax.abstract, given), *kind.avals]
+    )
+    plain, consts = _jax.without_constvars(jaxpr)
+    large = [i for i, c in enumerate(consts) if np.size(c) > INLINE_ELEMENTS or _jax.is_extended(c.dtype)]
+    body = _jax.jaxpr_as_fun(_jax.close_jaxpr(plain))
+
+    def run(weights: Sequence[Any], *operands: Any) -> list[Any]:
+        filled = list(consts)
+        for place, i in enumerate(large):
+            filled[i] = weights[len(given) + place]
+        return body(*filled, *weights[: len(given)], *operands)
+
+    return run, [*given, *(consts[i] for i in large)], [v.aval for v in _jax.open_jaxpr(jaxpr)[0].outvars]
+
+
+def _type(aval: Any) -> list[Any]:
+    shape = [d if isinstance(d, int) else str(d) for d in aval.shape]
+    return [shape, str(aval.dtype), bool(getattr(aval, "weak_type", False))]
+
+
+# -- what to call it --------------------------------------------------------------------------------------------------
+
+
+def _name(fun: Any) -> str:
+    name = getattr(fun, "__name__", type(fun).__name__)
+    return name if name.isidentifier() else "program"
+
+
+def _paths(program: Any) -> dict[int, str]:
+    """The names of known arrays, by identity: where they stand in the parameters."""
+    args, named = (program[1:], {}) if isinstance(program, tuple) else getattr(program, "bound_arguments", ((), {}))
+    leaves = [*jax.tree_util.tree_leaves_with_path(args), *jax.tree_util.tree_leaves_with_path(named)]
+    return {id(x): _path(path[isinstance(path[0], SequenceKey) :]) for path, x in leaves if hasattr(x, "dtype")}
+
+
+def _path(path: Sequence[Any]) -> str:
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/") or "params"
+
+
+def _checked(platforms: Sequence[str] | None) -> list[str]:
+    if platforms is None:
+        return [platform_now()]
+    wrong = [name for name in platforms if name not in PLATFORMS]
+    if isinstance(platforms, str) or wrong or not platforms:
+        raise StorageError(f"platforms={platforms!r}: give some of {', '.join(map(repr, PLATFORMS))} in a list")
+    return list(dict.fromkeys(platforms))
+
+
+def _scheme(scheme: Any, attribute: bool) -> Any:
+    """A quantization scheme in JSON types."""
+    found = getattr(scheme, "scheme", None) if attribute else scheme
+    if dataclasses.is_dataclass(found) and not isinstance(found, type):
+        return {key: _scheme_value(value) for key, value in dataclasses.asdict(found).items()}
+    return _scheme_value(found)
+
+
+def _scheme_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _scheme_value(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_scheme_value(v) for v in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return str(value)
