@@ -71,6 +71,8 @@ def folded(graph: Graph) -> set[Value]:
 def _frontier(graph: Graph) -> Iterable[Value]:
     """The known values that the unknown part of the program needs, nested graphs included."""
     sources: dict[Node, frozenset[Node]] = {}
+    # Known in every dimension but a symbolic one: not to be computed before that is known too.
+    open_: set[Node] = set()
 
     def weights_below(node: Node) -> frozenset[Node]:
         if node.is_const:
@@ -83,7 +85,7 @@ def _frontier(graph: Graph) -> Iterable[Value]:
         if _is_view(value.node, user):
             yield from needed(value.node.inputs[0], user)
             return
-        below = weights_below(value.node)
+        below = frozenset() if value.node in open_ else weights_below(value.node)
         if below and nbytes(value.aval) <= _GROWTH * sum(nbytes(w.aval) for w in below) + _FREE_BYTES:
             yield value
         else:
@@ -93,6 +95,8 @@ def _frontier(graph: Graph) -> Iterable[Value]:
     for node in graph.nodes:
         if node in graph.known:
             sources[node] = frozenset().union(*(weights_below(v.node) for v in node.inputs))
+            if any(map(_is_symbolic, node.avals)) or any(v.node in open_ for v in node.inputs):
+                open_.add(node)
     for node in graph.nodes:
         if node not in graph.known:
             for value in node.inputs:
@@ -101,6 +105,10 @@ def _frontier(graph: Graph) -> Iterable[Value]:
                 yield from _frontier(sub)
     for value in graph.outputs:
         yield from needed(value, None)
+
+
+def _is_symbolic(aval: Any) -> bool:
+    return not all(isinstance(d, int) for d in getattr(aval, "shape", ()))
 
 
 def _is_view(node: Node, user: Node | None) -> bool:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 
 from jaxinfer.graph import check, emit, trace
 from jaxinfer.rewriting import fold
@@ -80,3 +80,23 @@ def test_a_known_result_is_a_constant():
     new = fold(graph)
     assert new.nodes == ()
     np.testing.assert_allclose(new.outputs[0].node.value, W @ W, rtol=1e-5, atol=1e-5)
+
+
+def test_known_values_of_symbolic_shape_wait_for_the_shape():
+    """A known row spread over a batch of unknown size, and a sum over that batch: only what is before both is folded."""
+    (batch,) = export.symbolic_shape("batch")
+    row = jnp.arange(8.0)
+
+    def program(r, x):
+        spread = jnp.broadcast_to(2 * r, (x.shape[0], 8))
+        return x + spread, spread.sum(0)
+
+    x = jax.ShapeDtypeStruct((batch, 8), jnp.float32)
+    graph = trace(jax.make_jaxpr(program)(row, x), {0: row})
+    new = fold(graph)
+    assert [c.aval.shape for c in new.constants if c.aval.shape] == [(8,)]
+    assert new.count("broadcast_in_dim") == 1 and new.count("reduce_sum") == 1
+    stored = export.export(jax.jit(emit(new)))([w.value for w in new.weights], x)
+    spread, total = jax.jit(stored.call)([w.value for w in new.weights], jnp.zeros((3, 8)))
+    np.testing.assert_array_equal(spread, np.tile(2 * np.arange(8.0), (3, 1)))
+    np.testing.assert_array_equal(total, 6 * np.arange(8.0))
