@@ -15,6 +15,7 @@ from jaxinfer.sparsity.magnitude import Magnitude, StraightThrough, Taylor
 from jaxinfer.sparsity.result import Diverged, Learned
 from jaxinfer.sparsity.schedule import Cubic
 from jaxinfer.sparsity.target import Target, TargetError
+from jaxinfer.sparsity.wanda import Wanda
 from jaxinfer.storage import Loaded, StorageError, load, save
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "TargetError",
     "Taylor",
     "VerificationWarning",
+    "Wanda",
     "channel_groups",
     "grad",
     "hessian",

@@ -15,7 +15,7 @@ language models", EMNLP 2020 (the constraint).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class L0(Method):
     multiplier_rate: float = 1.0
     damping: float = 10.0
 
-    learned = ("log_alpha",)
+    learned: ClassVar[tuple[str, ...]] = ("log_alpha",)
 
     def __post_init__(self) -> None:
         if not (0 <= self.warmup <= 1 and 0 < self.search <= 1 and 0 < self.open < 1):

@@ -56,7 +56,7 @@ def learn_masks(
 
     Args:
         loss: ``loss(params, batch)``, a scalar; with ``has_aux`` a pair of it and anything. Scalars in a dictionary
-            there go to the history.
+            there go to the history. :class:`Wanda` without training steps takes any function that runs the model.
         params: a pytree.
         batches: an iterable of batches, begun again whenever it ends, or a function of the step (0, 1, ...). A run that
             is resumed sees the same batches if that gives the same ones again.
@@ -65,7 +65,7 @@ def learn_masks(
         optimizer: of the weights; it keeps its state from the search to the last step.
         method: :class:`L0` by default, :class:`StraightThrough`, :class:`Magnitude`, :class:`Taylor` or :class:`Wanda`.
         granularity: ``"element"``, :class:`NM`, :class:`Block`, ``"row"``, ``"column"``, ``"channel"`` or ``"head"``.
-        steps: number of training steps; by default one pass over the batches.
+        steps: number of training steps; by default one pass over the batches, and none with :class:`Wanda`.
         has_aux: see ``loss``.
         prune: called with a parameter's name and type (or a group's name and :class:`Group`), says whether it may be
             pruned. By default parameters with two axes or more, and all groups of the granularity.
@@ -96,17 +96,18 @@ def learn_masks(
         >>> print(result)
     """
     method = L0() if method is None else method
-    steps = number_of_steps(batches, steps)
+    steps = number_of_steps(batches, method.default_steps if steps is None else steps)
     leaves = Leaves.of(params)
     wanted = as_target(target) if target is not None else None
-    units = _units(leaves, granularity, wanted, prune, groups, fun, params, args)
+    ready = method.prepare(loss, params, batches)
+    units = _units(leaves, granularity, wanted, prune, groups, fun, params, args, ready.readable)
     if wanted is not None:
         units.check(wanted)
     elif not isinstance(granularity, NM):
         raise TargetError("say how much is to be left: a target, or the granularity NM(n, m)")
     key = jax.random.key(0) if key is None else key
     plan = Plan(units, wanted, steps)
-    trainer = Trainer(plan, method, loss, optimizer, has_aux, distillation, jax.random.key_impl(key))
+    trainer = Trainer(plan, ready, loss, optimizer, has_aux, distillation, jax.random.key_impl(key))
     settings = {"target": str(wanted), "method": str(method), "granularity": str(granularity)}
     run = Run(trainer, batches, params, key, settings, checkpoint, checkpoint_every or max(steps // 10, 1))
     return run(progress)
@@ -121,6 +122,7 @@ def _units(
     fun: Callable[..., Any] | None,
     params: Any,
     args: Sequence[Any],
+    readable: frozenset[int] | None,
 ) -> Units:
     """The units to learn masks for; the function is traced only where what it computes must be known."""
     grain = as_grain(granularity)
@@ -131,4 +133,4 @@ def _units(
     macs: tuple[Mapping[int, float], float] | None = None
     if target is not None and target.measure == "flops" and fun is not None:
         macs = parameter_macs(fun, params, *args)
-    return make_units(leaves, grain, (), None, prune, macs)
+    return make_units(leaves, grain, (), None, prune, macs, readable)

@@ -136,17 +136,24 @@ class Leaves:
             [x if m is None else jnp.where(m, x, jnp.zeros((), x.dtype)) for x, m in zip(leaves, flags)]
         )
 
-    def choose(self, prune: Callable[[str, Any], bool] | None) -> list[int]:
+    def choose(self, prune: Callable[[str, Any], bool] | None, readable: frozenset[int] | None = None) -> list[int]:
         """Positions of the leaves to prune: those the user names, else all with two axes or more.
 
+        Args:
+            prune: what the user says of a name and a type.
+            readable: positions of the only ones that can be; None: of all.
+
         Raises:
-            ValueError: none is left.
+            ValueError: none is left, or the user names one that cannot be.
         """
-
-        def wanted(i: int) -> bool:
-            return prune(self.names[i], self.avals[i]) if prune is not None else len(self.avals[i].shape) >= 2
-
-        if found := [i for i in range(len(self.avals)) if self.is_prunable(i) and wanted(i)]:
+        able = [i for i in range(len(self.avals)) if self.is_prunable(i)]
+        if prune is None:
+            found = [i for i in able if len(self.avals[i].shape) >= 2 and (readable is None or i in readable)]
+        else:
+            found = [i for i in able if prune(self.names[i], self.avals[i])]
+            if lost := [self.names[i] for i in found if readable is not None and i not in readable]:
+                raise ValueError(f"no product reads {lost[0]} as it is: nothing is known of its inputs, leave it out")
+        if found:
             return found
         why = "prune says no to every parameter" if prune is not None else "no parameter has two axes or more"
         raise ValueError(f"there is nothing to prune: {why} (of {', '.join(self.names[:8]) or 'none'})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ class StraightThrough(_Scored):
     """
 
     decay: float = 2e-4
-    straight = True
+    straight: ClassVar[bool] = True
 
     def pull(self, plan: Plan, state: State, trained: Any) -> Any:
         factors = plan.units.spread(1 - self.decay * (~state["keep"]).astype(jnp.float32))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +48,21 @@ class Method:
     the rest at zero. The methods below run under ``jit`` except where they say otherwise.
     """
 
-    learned: tuple[str, ...] = ()
+    learned: ClassVar[tuple[str, ...]] = ()
     """The parts of the state that the loss is differentiated in."""
-    straight = False
+    default_steps: ClassVar[int | None] = None
+    """The number of training steps if the user says none; None: one pass over the batches."""
+    straight: ClassVar[bool] = False
     """Whether derivatives pass masks as if there were none."""
+
+    @property
+    def readable(self) -> frozenset[int] | None:
+        """Positions of the leaves that the method can say anything about; None: of all."""
+        return None
+
+    def prepare(self, loss: Callable[..., Any], params: Any, batches: Any) -> Method:
+        """The method to go on with, once it has seen what it must see before training (not under ``jit``)."""
+        return self
 
     def settled_at(self, steps: int) -> int:
         """The number of steps after which masks are settled (not under ``jit``)."""

@@ -349,6 +349,7 @@ def make_units(
     groups: Groups | None,
     prune: Callable[[str, Any], bool] | None,
     macs: tuple[Mapping[int, float], float] | None,
+    readable: frozenset[int] | None = None,
 ) -> Units:
     """The units of a granularity.
 
@@ -359,9 +360,10 @@ def make_units(
         groups: then, the groups.
         prune: called with the name and type of each parameter, or the name and the :class:`Group`: whether to prune it.
         macs: as for :class:`LeafUnits`.
+        readable: positions of the only leaves that can be divided; None: of all.
     """
     if grain is not None:
-        return LeafUnits(leaves, grain, leaves.choose(prune), macs)
+        return LeafUnits(leaves, grain, leaves.choose(prune, readable), macs)
     if groups is None:
         raise ValueError(f"pruning by {kinds[0]} needs to know what goes together: give groups=, or fun= and args=")
     chosen = [g for g in groups if g.kind in kinds and (prune is None or prune(g.name, g))]
