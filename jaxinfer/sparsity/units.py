@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from scipy import sparse
 
 FREE = -1
 """Code of an index along which nothing varies that could be removed: constants, broadcast axes."""
@@ -121,13 +122,7 @@ class Units:
 
     def compose(self, outer: Vector, inner: Vector) -> Vector:
         """The axis that two axes are merged to."""
-        a = np.repeat(self.roots(outer), len(inner))
-        b = np.tile(self.roots(inner), len(outer))
-        real_a, real_b = is_real(a), is_real(b)
-        found = np.where(real_a, a, np.where(real_b, b, np.minimum(a, b)))
-        for i in np.flatnonzero(real_a & real_b & (a != b)):
-            found[i] = self._pair(int(a[i]), int(b[i]))
-        return found
+        return self.either(np.repeat(outer, len(inner)), np.tile(inner, len(outer)))
 
     def _pair(self, a: int, b: int) -> int:
         known = self._composed.get((a, b))
@@ -146,20 +141,56 @@ class Units:
             return grid[:, 0], free(inner)
         if outer == 1 or (grid == grid[:1]).all():
             return free(outer), grid[0]
-        first = np.where(real.any(1), self.fresh(outer), _codes(grid, 1))
-        second = np.where(real.any(0), self.fresh(inner), _codes(grid, 0))
-        pairs: list[tuple[int, int]] = []
-        for i, j in np.argwhere(real).tolist():
-            here, parts = self.root(int(grid[i, j])), (int(first[i]), int(second[j]))
-            have = self._parts.setdefault(here, parts)
-            if have is parts:
-                self._composed.setdefault(parts, here)
-            else:
-                pairs.extend(zip(have, parts))
-        self._unite(pairs)
+        first, second = self._factors(grid, real)
         rows, columns = np.nonzero(grid == GIVEN)
         self.mark("given", np.concatenate([first[rows], second[columns]]))
         return self.roots(first), self.roots(second)
+
+    def _factors(self, grid: np.ndarray, real: np.ndarray) -> tuple[Vector, Vector]:
+        """Ids of the rows and of the columns of a grid of ids that each go when their row or their column goes."""
+        rows, columns = np.indices(grid.shape)
+        composed = np.isin(grid, list(self._parts))
+        first, second = _codes(grid, 1), _codes(grid, 0)
+        i, j = rows[composed], columns[composed]
+        if composed.any():
+            parts = np.array([self._parts[one] for one in grid[composed].tolist()])
+            outer, inner = self.roots(parts[:, 0]), self.roots(parts[:, 1])
+            # What can go must be whole parts and also whole rows or columns.
+            outer_i, outer_j = self._joined(outer, i), self._joined(outer, j)
+            inner_i, inner_j = self._joined(inner, i), self._joined(inner, j)
+            self._equate(outer, self.either(outer_i, outer_j))
+            self._equate(inner, self.either(inner_i, inner_j))
+            first[i], second[j] = self.either(outer_i, inner_i), self.either(outer_j, inner_j)
+        new = real.any(1) & ~composed.any(1)
+        first[new] = self.fresh(int(new.sum()))
+        new = real.any(0) & ~composed.any(0)
+        second[new] = self.fresh(int(new.sum()))
+        rest = real & ~composed
+        self._equate(grid[rest], self.either(first[rows[rest]], second[columns[rest]]))
+        return first, second
+
+    def _joined(self, a: Vector, b: Vector) -> Vector:
+        """An id for each smallest set of places that is made of whole sets of equal entries, in ``a`` and in ``b``."""
+        a, b = np.unique(a, return_inverse=True)[1], np.unique(b, return_inverse=True)[1]
+        size = a.max() + 1
+        links = sparse.coo_array((np.ones(len(a)), (a, b + size)), (size + b.max() + 1,) * 2)
+        count, labels = sparse.csgraph.connected_components(links, directed=False)
+        # A single set would be all or nothing.
+        return self.fresh(count)[labels[a]] if count > 1 else free(len(a))
+
+    def _equate(self, a: Vector, b: Vector) -> None:
+        """Makes ids the same as others; where there is no other they cannot go."""
+        self.lock(a[~is_real(b)], "reshaped across what goes together")
+        self.unify(a, b)
+
+    def either(self, a: Vector, b: Vector) -> Vector:
+        """Ids that go when either of two goes."""
+        a, b = self.roots(a), self.roots(b)
+        real_a, real_b = is_real(a), is_real(b)
+        found = np.where(real_a, a, np.where(real_b, b, np.minimum(a, b)))
+        for k in np.flatnonzero(real_a & real_b & (a != b)):
+            found[k] = self._pair(int(a[k]), int(b[k]))
+        return found
 
     def lock(self, vector: Vector, why: str) -> None:
         """Says that indices can never be removed."""
