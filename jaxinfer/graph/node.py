@@ -240,6 +240,7 @@ class GraphBuilder:
 
     def __init__(self) -> None:
         self._interned: dict[Any, Node] = {}
+        self._constants: dict[Node, Node] = {}
         self._listed: set[Node] = set()
         self.inputs: list[Node] = []
         self.nodes: list[Node] = []
@@ -284,7 +285,8 @@ class GraphBuilder:
 
     def copy(self, node: Node, inputs: Sequence[Value], **changes: Any) -> Node:
         """The node with other operands (and parameters); the very same object when nothing differs."""
-        inputs = tuple(inputs)
+        # Equal constants come from different builders as different nodes.
+        inputs = tuple(Value(self._known(v.node), 0) if v.node.op == "const" else v for v in inputs)
         if not changes and inputs == node.inputs:
             return self.add(node)
         fields = {name: changes.get(name, getattr(node, name)) for name in Node.__slots__}
@@ -296,6 +298,12 @@ class GraphBuilder:
         live = _reachable([v.node for v in outputs], [n for n in self.nodes if n.effects])
         nodes = tuple(n for n in self.nodes if n in live)
         return Graph(tuple(self.inputs), nodes, tuple(outputs), origin, tuple(out_avals))
+
+    def _known(self, const: Node) -> Node:
+        found = self._constants.get(const)
+        if found is None:
+            found = self._constants[const] = self.add(const)
+        return found
 
     def _intern(self, key: Any, node: Node) -> Node:
         return self._interned.setdefault(key, node)

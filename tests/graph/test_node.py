@@ -62,6 +62,16 @@ def test_small_constants_are_merged_by_content_and_large_ones_by_identity():
     assert [w.aval.shape for w in twice.weights] == [(2, 300)]
 
 
+def test_constants_of_two_programs_are_merged_when_they_meet():
+    first, second = (graph_of(lambda x: x * 0.5) for _ in range(2))
+    builder = GraphBuilder()
+    x = builder.input(first.inputs[0].aval)
+    halves = [
+        builder.copy(g.nodes[0], [v if v.node.is_const else x for v in g.nodes[0].inputs]) for g in (first, second)
+    ]
+    assert halves[0] is halves[1]
+
+
 def test_what_is_small():
     def const(n, dtype=np.float32):
         return GraphBuilder().const(np.zeros(n, dtype)).node
