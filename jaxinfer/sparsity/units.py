@@ -148,7 +148,7 @@ class Units:
 
     def _factors(self, grid: np.ndarray, real: np.ndarray) -> tuple[Vector, Vector]:
         """Ids of the rows and of the columns of a grid of ids that each go when their row or their column goes."""
-        rows, columns = np.indices(grid.shape)
+        rows, columns = map(np.asarray, np.indices(grid.shape))
         composed = np.isin(grid, list(self._parts))
         first, second = _codes(grid, 1), _codes(grid, 0)
         i, j = rows[composed], columns[composed]
@@ -275,4 +275,4 @@ def is_real(vector: Vector) -> np.ndarray:
 
 def _codes(grid: np.ndarray, axis: int) -> Vector:
     """The codes along one side of a grid, that of data where there is any."""
-    return np.minimum(grid, FREE).min(axis=axis, initial=FREE)
+    return np.asarray(np.minimum(grid, FREE).min(axis=axis, initial=FREE))
