@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from jaxinfer.sparsity.batches import Batches, number_of_steps
-from jaxinfer.sparsity.coupling_groups import channel_groups
 from jaxinfer.sparsity.distillation import Distillation
-from jaxinfer.sparsity.granularity import NM, Granularity, as_grain
+from jaxinfer.sparsity.division import divide
+from jaxinfer.sparsity.granularity import Granularity
 from jaxinfer.sparsity.groups import Groups
 from jaxinfer.sparsity.l0 import L0
-from jaxinfer.sparsity.leaf_macs import parameter_macs
-from jaxinfer.sparsity.leaves import Leaves
 from jaxinfer.sparsity.method import Method, Plan
 from jaxinfer.sparsity.result import Learned
 from jaxinfer.sparsity.run import Run
 from jaxinfer.sparsity.step import Trainer
-from jaxinfer.sparsity.target import Target, TargetError, as_target
-from jaxinfer.sparsity.unit_vector import Units, make_units
+from jaxinfer.sparsity.target import Target, as_target
 
 _KINDS = {"channel": ("channel", "input"), "head": ("head",)}
 
@@ -97,40 +94,12 @@ def learn_masks(
     """
     method = L0() if method is None else method
     steps = number_of_steps(batches, method.default_steps if steps is None else steps)
-    leaves = Leaves.of(params)
     wanted = as_target(target) if target is not None else None
     ready = method.prepare(loss, params, batches)
-    units = _units(leaves, granularity, wanted, prune, groups, fun, params, args, ready.readable)
-    if wanted is not None:
-        units.check(wanted)
-    elif not isinstance(granularity, NM):
-        raise TargetError("say how much is to be left: a target, or the granularity NM(n, m)")
+    units = divide(params, granularity, wanted, prune=prune, groups=groups, fun=fun, args=args, readable=ready.readable)
     key = jax.random.key(0) if key is None else key
     plan = Plan(units, wanted, steps)
     trainer = Trainer(plan, ready, loss, optimizer, has_aux, distillation, jax.random.key_impl(key))
     settings = {"target": str(wanted), "method": str(method), "granularity": str(granularity)}
     run = Run(trainer, batches, params, key, settings, checkpoint, checkpoint_every or max(steps // 10, 1))
     return run(progress)
-
-
-def _units(
-    leaves: Leaves,
-    granularity: Granularity,
-    target: Target | None,
-    prune: Callable[[str, Any], bool] | None,
-    groups: Groups | None,
-    fun: Callable[..., Any] | None,
-    params: Any,
-    args: Sequence[Any],
-    readable: frozenset[int] | None,
-) -> Units:
-    """The units to learn masks for; the function is traced only where what it computes must be known."""
-    grain = as_grain(granularity)
-    if grain is None:
-        if groups is None and fun is not None:
-            groups = channel_groups(fun, params, *args)
-        return make_units(leaves, None, _KINDS[str(granularity)], groups, prune, None)
-    macs: tuple[Mapping[int, float], float] | None = None
-    if target is not None and target.measure == "flops" and fun is not None:
-        macs = parameter_macs(fun, params, *args)
-    return make_units(leaves, grain, (), None, prune, macs, readable)

@@ -6,7 +6,7 @@ within one parameter (entries, blocks, rows, ...) and units that own slices of s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -118,13 +118,18 @@ class Units:
         """What can be counted."""
         raise NotImplementedError
 
+    def _least(self, measure: Measure) -> float:
+        """What is left if nothing is kept but what is kept in any case."""
+        with jax.ensure_compile_time_eval():
+            return float(self.cost(self.winners(jnp.zeros(self.size)).astype(jnp.float32), measure))
+
     def check(self, target: Target) -> None:
         """Raises a :class:`TargetError` if a target cannot be met by these units."""
         if target.measure not in self.measures:
             raise TargetError(
                 "a target in FLOPs needs the function and an example of its arguments: give fun= and args="
             )
-        least = float(self.cost(self.winners(jnp.zeros(self.size)).astype(jnp.float32), target.measure))
+        least = self._least(target.measure)
         if least > target.value * (1 + 1e-6):
             raise TargetError(
                 f"{target.measure}={target.value} cannot be met: with one unit left of each of the "
@@ -217,7 +222,7 @@ class LeafUnits(Units):
         grain = self.grain
         if isinstance(grain, NM):
             # N:M leaves no choice.
-            exact = float(self.cost(self.winners(jnp.zeros(self.size)).astype(jnp.float32), target.measure))
+            exact = self._least(target.measure)
             if abs(exact - target.value) > 0.01 and target.measure in self.measures:
                 raise TargetError(
                     f"{grain.n}:{grain.m} leaves {exact:.4g} of the {target.measure}, not {target.value}: "
@@ -340,31 +345,3 @@ class GroupUnits(Units):
                 share = share * vector.mean()
             total = total + share
         return total / sum(self.leaves.size(i) for i in self.positions)
-
-
-def make_units(
-    leaves: Leaves,
-    grain: Grain | None,
-    kinds: Sequence[str],
-    groups: Groups | None,
-    prune: Callable[[str, Any], bool] | None,
-    macs: tuple[Mapping[int, float], float] | None,
-    readable: frozenset[int] | None = None,
-) -> Units:
-    """The units of a granularity.
-
-    Args:
-        leaves: the parameters.
-        grain: how parameters are divided, None for units that own slices of several.
-        kinds: then, the kinds of groups that may go.
-        groups: then, the groups.
-        prune: called with the name and type of each parameter, or the name and the :class:`Group`: whether to prune it.
-        macs: as for :class:`LeafUnits`.
-        readable: positions of the only leaves that can be divided; None: of all.
-    """
-    if grain is not None:
-        return LeafUnits(leaves, grain, leaves.choose(prune, readable), macs)
-    if groups is None:
-        raise ValueError(f"pruning by {kinds[0]} needs to know what goes together: give groups=, or fun= and args=")
-    chosen = [g for g in groups if g.kind in kinds and (prune is None or prune(g.name, g))]
-    return GroupUnits(leaves, groups, chosen)
