@@ -1,7 +1,7 @@
 """Programs in files: what is saved runs in any process, without the code that made it."""
 
 from jaxinfer.storage.container import StorageError
-from jaxinfer.storage.load import Loaded, load
-from jaxinfer.storage.save import save
+from jaxinfer.storage.loading import Loaded, load
+from jaxinfer.storage.saving import save
 
 __all__ = ["Loaded", "StorageError", "load", "save"]

@@ -187,7 +187,7 @@ class Container:
             self._open(head)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             # The hashes are right, so this is what was written.
-            raise StorageError(f"{self.path} was written by something else than autoinfer.save: {error!r}") from error
+            raise StorageError(f"{self.path} was not written by autoinfer.save: {error!r}") from error
 
     def _read_head(self) -> bytes:
         length = self._bytes(0, min(_LENGTH_BYTES, self._size))

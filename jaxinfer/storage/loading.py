@@ -22,7 +22,7 @@ from jaxinfer.storage.structure import describe, describe_static, describe_type,
 
 
 def load(path: str | os.PathLike[str]) -> Loaded:
-    """Opens what :func:`jaxinfer.storage.save.save` wrote. The model's code is not needed.
+    """Opens what :func:`jaxinfer.storage.saving.save` wrote. The model's code is not needed.
 
     Arrays are read and programs compiled when they are first used; every byte is checked before anything is made of
     it. The hashes tell a damaged file from a sound one and are no signature: a program is code, so load files that you
@@ -59,9 +59,7 @@ class _Stored:
             dtypes = [dtype for entry in entries for _, dtype, _ in (*entry["types"], *entry["result_types"])]
             here = [_Entry(self, entry) for entry in entries if entry["platform"] == platform_now()]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StorageError(
-                f"{container.path} was written by something else than autoinfer.save: {error!r}"
-            ) from error
+            raise StorageError(f"{container.path} was not written by autoinfer.save: {error!r}") from error
         if not here:
             names = ", ".join(sorted({entry["platform"] for entry in entries}))
             raise StorageError(

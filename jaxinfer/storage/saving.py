@@ -105,6 +105,8 @@ def save(
     fun = program[0] if isinstance(program, tuple) and len(program) == 2 else program
     if not callable(fun):
         raise StorageError(f"a {type(program).__name__} is no program: give a function, or (function, params)")
+    if fun is not program:
+        program = (fun, jax.tree.map(_as_array, program[1]))
     calls = [(examples, dict(kwargs or {}))] if examples or kwargs else []
     if batch_axes is not None:
         calls.append(_with_symbolic_batch(examples, dict(kwargs or {}), batch_axes))
@@ -153,9 +155,18 @@ def _kind_of(call: SettledCall) -> _Kind:
 def _traced(program: Any, calls: Sequence[tuple[Any, dict[str, Any]]]) -> list[_Kind]:
     """The kinds of calls of a function that is stored as it is written."""
     fun, known = (program[0], program[1:]) if isinstance(program, tuple) else (program, ())
-    leaves, bound_tree = jax.tree.flatten(known)
-    bound = [x if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) else jnp.asarray(x) for x in leaves]
+    bound, bound_tree = jax.tree.flatten(known)
     return [_trace(fun, bound, bound_tree, args, kwargs) for args, kwargs in calls]
+
+
+def _as_array(leaf: Any) -> Any:
+    """A leaf of known arguments as JAX computes with it."""
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return leaf
+    try:
+        return jnp.asarray(leaf)
+    except TypeError as error:
+        raise StorageError(f"params hold {leaf!r}, which is no array: bind it with functools.partial") from error
 
 
 def _trace(fun: Any, bound: Sequence[Any], bound_tree: Any, args: Any, kwargs: dict[str, Any]) -> _Kind:
