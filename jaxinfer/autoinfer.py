@@ -6,6 +6,8 @@ from jaxinfer.differentiation.transform import grad, hvp, jvp, value_and_grad, v
 from jaxinfer.optimize import Frozen, Optimized, optimize
 from jaxinfer.program import VerificationWarning
 from jaxinfer.rewriting import Rule, RuleError
+from jaxinfer.sparsity.batches import BatchesExhausted
+from jaxinfer.sparsity.checkpoint import CheckpointMismatch
 from jaxinfer.sparsity.coupling_groups import channel_groups
 from jaxinfer.sparsity.distillation import Distillation
 from jaxinfer.sparsity.granularity import NM, Block
@@ -15,13 +17,16 @@ from jaxinfer.sparsity.magnitude import Magnitude, StraightThrough, Taylor
 from jaxinfer.sparsity.result import Diverged, Learned
 from jaxinfer.sparsity.schedule import Cubic
 from jaxinfer.sparsity.target import Target, TargetError
+from jaxinfer.sparsity.transformation import prune_updates
 from jaxinfer.sparsity.wanda import Wanda
 from jaxinfer.storage import Loaded, StorageError, load, save
 
 __all__ = [
     "L0",
     "NM",
+    "BatchesExhausted",
     "Block",
+    "CheckpointMismatch",
     "Cubic",
     "Distillation",
     "Diverged",
@@ -49,6 +54,7 @@ __all__ = [
     "learn_masks",
     "load",
     "optimize",
+    "prune_updates",
     "save",
     "value_and_grad",
     "vjp",

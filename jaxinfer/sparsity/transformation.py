@@ -100,9 +100,7 @@ def prune_updates(
         units, step, scores = units_of(params), state.step + 1, state.scores
         if scores is not None:
             if gradients is None:
-                raise ValueError(
-                    "Taylor scores need the gradients: update(updates, state, params, gradients=gradients)"
-                )
+                raise ValueError("Taylor scores need gradients: update(updates, state, params, gradients=gradients)")
             scores = memory * scores + (1 - memory) * _taylor(units, params, gradients)
 
         def select(_: Any) -> Any:
