@@ -266,7 +266,7 @@ class _NeuralODE(eqx.Module):
         return self.readout(y)
 
 
-@listed("patrick-kidger/diffrax docs/examples/neural_ode.ipynb (latent)", "dense", "while", "residual", "vmap")
+@listed("patrick-kidger/diffrax docs/examples/{neural_ode,latent_ode}.ipynb", "dense", "while", "residual", "vmap")
 def equinox_neural_ode(dtype: Any) -> Made:
     return from_equinox(_NeuralODE, lambda draw, batch: (draw.normal(batch, 2), draw.uniform(0.5, 2, batch)), dtype)
 

@@ -188,13 +188,13 @@ def _discriminator() -> _Layers:
     return _Layers(layers)
 
 
-def _stateful(build: Callable[[], _Layers], shape: tuple[int, ...], dtype: Any) -> Made:
+def _stateful(build: Callable[[], _Layers], shape: tuple[int, ...], dtype: Any, least: float = 0.02) -> Made:
     """Model and state together, for inference: the running statistics are parameters too."""
     model, state = eqx.filter_eval_shape(lambda: eqx.nn.make_with_state(build)())
     arrays, static = eqx.partition((eqx.nn.inference_mode(model), state), _is_floating)
     model_params, statistics = (random_params(part, dtype, out_axis=0) for part in arrays)
     # Positive, because half of the statistics are variances.
-    params = model_params, jax.tree.map(lambda x: 0.02 + jnp.abs(x) / 4, statistics)
+    params = model_params, jax.tree.map(lambda x: least + jnp.abs(x) / 4, statistics)
 
     def fun(params: Any, x: jax.Array) -> jax.Array:
         model, state = eqx.combine(params, static)
@@ -226,7 +226,7 @@ def _spectral() -> _Layers:
 
 @listed("patrick-kidger/equinox docs/examples/stateful.ipynb", "dense", "norm", "spectral norm", "vmap")
 def equinox_spectral_norm(dtype: Any) -> Made:
-    made = _stateful(_spectral, (3,), dtype)
+    made = _stateful(_spectral, (3,), dtype, least=0.3)
     # Positive like the vectors that estimate the norm, or the estimate could be near zero.
     params = eqx.tree_at(lambda params: params[0].layers[1].layer.weight, made.params, replace_fn=jnp.abs)
     return Made(made.fun, params, made.inputs)

@@ -165,7 +165,9 @@ def haiku_char_rnn(dtype: Any) -> Made:
     return plain(fun, shapes, lambda draw, batch: (draw.integers(0, characters, batch, 8),), dtype)
 
 
-@listed("google-deepmind/dm-haiku haiku/_src/nets/vqvae.py", "conv", "transposed conv", "argmin", "gather", "residual")
+@listed(
+    "google-deepmind/dm-haiku examples/vqvae_example.ipynb", "conv", "transposed conv", "argmin", "gather", "residual"
+)
 def haiku_vqvae(dtype: Any) -> Made:
     """Encoder, nearest vector of a codebook, decoder."""
     width, code = 12, 8

@@ -45,7 +45,12 @@ class _GoogleNet(nn.Module):
         return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
-@listed("phlippe/uvadlc_notebooks docs/tutorial_notebooks/JAX/tutorial5 (GoogleNet)", "conv", "concat", "norm")
+@listed(
+    "phlippe/uvadlc_notebooks docs/tutorial_notebooks/JAX/tutorial5/Inception_ResNet_DenseNet.ipynb",
+    "conv",
+    "concat",
+    "norm",
+)
 def uvadlc_inception(dtype: Any) -> Made:
     return linen(_GoogleNet(), lambda draw, batch: (draw.normal(batch, 8, 8, 3),), dtype)
 
@@ -75,7 +80,12 @@ class _DenseNet(nn.Module):
         return nn.Dense(10)(_Norm()(x).mean(axis=(1, 2)))
 
 
-@listed("phlippe/uvadlc_notebooks docs/tutorial_notebooks/JAX/tutorial5 (DenseNet)", "conv", "concat", "norm")
+@listed(
+    "phlippe/uvadlc_notebooks docs/tutorial_notebooks/JAX/tutorial5/Inception_ResNet_DenseNet.ipynb",
+    "conv",
+    "concat",
+    "norm",
+)
 def uvadlc_densenet(dtype: Any) -> Made:
     return linen(_DenseNet(), lambda draw, batch: (draw.normal(batch, 8, 8, 3),), dtype)
 
