@@ -73,9 +73,9 @@ def paired_loss(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Lo
     of_items = [b.astype(float) - a.astype(float) for b, a in zip(before, after, strict=True)]
     of_folds = np.array([100 * d.mean() for d in of_items])
     every = 100 * np.concatenate(of_items)
-    return Loss(every.mean(), _upper(every), _upper(of_folds), of_folds.std(ddof=1))
+    return Loss(every.mean(), upper_bound(every), upper_bound(of_folds), of_folds.std(ddof=1))
 
 
-def _upper(values: np.ndarray) -> float:
+def upper_bound(values: np.ndarray) -> float:
     """One-sided 95 % bound of the mean, by Student's distribution."""
     return float(values.mean() + student.ppf(0.95, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
