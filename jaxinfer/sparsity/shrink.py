@@ -12,82 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import _jax
-from jaxinfer.graph import Graph, trace
+from jaxinfer.graph import Graph
 from jaxinfer.sparsity.groups import leaf_name
 from jaxinfer.sparsity.masks import mask_leaves
 from jaxinfer.sparsity.plan import Parameter, decide, uses, whole_parameter, with_slices
 from jaxinfer.sparsity.replay import Replay, replay
+from jaxinfer.sparsity.retrace import Program, ShrinkError, Static, is_data, split
 from jaxinfer.sparsity.shrink_report import ShrinkReport, leaf_report
 from jaxinfer.sparsity.slices import NONE, Undefined, whole
 
 _ROUNDS = 8
 
 
-class ShrinkError(Exception):
-    """A program could not be shrunk, or a shrunk program not be used in this way."""
-
-
 class ShrinkWarning(UserWarning):
     """Less could be taken away than the masks allow."""
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Static:
-    """What of a call is structure: the tree of arguments, and those of its leaves that are no arrays."""
-
-    tree: Any
-    others: tuple[Any, ...]
-
-
-def _is_data(leaf: Any) -> bool:
-    return (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or type(leaf) in (int, float, complex)
-
-
-def _split(call: Any) -> tuple[list[Any], _Static]:
-    leaves, tree = jax.tree.flatten(call)
-    return [x for x in leaves if _is_data(x)], _Static(tree, tuple(None if _is_data(x) else (x,) for x in leaves))
-
-
-def _merge(arrays: Sequence[Any], static: _Static) -> Any:
-    rest = iter(arrays)
-    return jax.tree.unflatten(static.tree, [next(rest) if x is None else x[0] for x in static.others])
-
-
-class Program:
-    """A function of a tree of parameters and further arguments, traced at the shapes of the whole parameters.
-
-    Args:
-        fun: the function.
-        shapes: shape of each array among the leaves of its first argument.
-    """
-
-    def __init__(self, fun: Callable[..., Any], shapes: Sequence[tuple[int, ...]]):
-        self.fun = fun
-        self.shapes = tuple(shapes)
-
-    def trace(self, arrays: Sequence[Any], static: _Static, *, keep_custom: bool) -> tuple[Graph, Any]:
-        """The program for a call, and the structure of its results.
-
-        Args:
-            arrays: arrays or types of the call's arguments, the first of which are parameters of any shape.
-            static: the rest of the call.
-            keep_custom: keep functions with derivatives of their own as they are.
-        """
-        out: list[Any] = []
-
-        def flat(*values: Any) -> list[Any]:
-            params, args, kwargs = _merge(values, static)
-            leaves, tree = jax.tree.flatten(self.fun(params, *args, **kwargs))
-            out[:] = [tree]
-            return leaves
-
-        avals = [_jax.abstract(x) for x in arrays]
-        whole = [jax.ShapeDtypeStruct(s, a.dtype) for s, a in zip(self.shapes, avals)]
-        closed = _jax.make_jaxpr(flat, [*whole, *avals[len(whole) :]])
-        if _jax.uses_refs(closed):
-            raise ShrinkError("programs that read or write Refs cannot be shrunk: pass their values as arrays")
-        return trace(closed, keep_custom=keep_custom), out[0]
 
 
 class Shrunk:
@@ -109,7 +47,7 @@ class Shrunk:
         functools.update_wrapper(self, program.fun, updated=())
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        arrays, static = _split((params, args, kwargs))
+        arrays, static = split((params, args, kwargs))
         self._check(params)
         try:
             return self._jit(arrays, static)
@@ -124,7 +62,7 @@ class Shrunk:
         return str(self.report)
 
     def _check(self, params: Any) -> None:
-        leaves = [x for x in jax.tree.leaves(params) if _is_data(x)]
+        leaves = [x for x in jax.tree.leaves(params) if is_data(x)]
         if len(leaves) != len(self._parameters):
             raise ValueError(f"expected {len(self._parameters)} arrays of parameters, got {len(leaves)}")
         for p, x in zip(self._parameters, leaves):
@@ -132,7 +70,7 @@ class Shrunk:
                 whole = ": these are the parameters of the whole program" if tuple(np.shape(x)) == p.shape else ""
                 raise ValueError(f"{p.name} has shape {tuple(np.shape(x))}, expected {p.small}{whole}")
 
-    def _run(self, arrays: Sequence[Any], static: _Static) -> Any:
+    def _run(self, arrays: Sequence[Any], static: Static) -> Any:
         graph, tree = self._program.trace(arrays, static, keep_custom=True)
         return jax.tree.unflatten(tree, _replayed(graph, Replay(), self._parameters, arrays))
 
@@ -140,9 +78,7 @@ class Shrunk:
 def _replayed(graph: Graph, domain: Replay, parameters: Sequence[Parameter], arrays: Sequence[Any]) -> list[Any]:
     count = len(parameters)
     values = [p.value(jnp.asarray(x), i) for i, (p, x) in enumerate(zip(parameters, arrays))]
-    others = [
-        whole(jnp.asarray(x)) if _is_plain(n.aval) else x for x, n in zip(arrays[count:], graph.inputs[count:])
-    ]
+    others = [whole(jnp.asarray(x)) if _is_plain(n.aval) else x for x, n in zip(arrays[count:], graph.inputs[count:])]
     return replay(graph, domain, [*values, *others])
 
 
@@ -174,7 +110,7 @@ class _Planner:
         self,
         program: Program,
         arrays: Sequence[Any],
-        static: _Static,
+        static: Static,
         names: Sequence[str],
         masks: Sequence[np.ndarray | None],
     ):
@@ -258,9 +194,9 @@ def shrink(
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     flags = mask_leaves(params, masks)
-    names = [leaf_name(path) for (path, leaf) in leaves if _is_data(leaf)]
-    flags = [m for (_, leaf), m in zip(leaves, flags) if _is_data(leaf)]
-    arrays, static = _split((params, args, kwargs))
+    names = [leaf_name(path) for (path, leaf) in leaves if is_data(leaf)]
+    flags = [m for (_, leaf), m in zip(leaves, flags) if is_data(leaf)]
+    arrays, static = split((params, args, kwargs))
     program = Program(fun, [tuple(np.shape(x)) for x in arrays[: len(flags)]])
     planner = _Planner(program, arrays, static, names, flags)
     plan = planner.plan()
@@ -270,7 +206,7 @@ def shrink(
 
     def rebuilt(values: Sequence[Any]) -> Any:
         rest = iter(values)
-        return jax.tree.unflatten(treedef, [next(rest) if _is_data(leaf) else leaf for _, leaf in leaves])
+        return jax.tree.unflatten(treedef, [next(rest) if is_data(leaf) else leaf for _, leaf in leaves])
 
     small = rebuilt([jnp.asarray(p.taken(v)) for p, v in zip(plan.parameters, planner.values)])
     left = rebuilt([None if m is None or p.taken(m).all() else p.taken(m) for p, m in zip(plan.parameters, flags)])
