@@ -179,6 +179,16 @@ def _nested_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield value
 
 
+def nested_constants(closed: ClosedJaxpr) -> Iterator[Any]:
+    """The constants that stand inside the equations of a program: those of the calls in it, and literals."""
+    jaxpr, _ = open_jaxpr(closed)
+    for eqn in jaxpr.eqns:
+        yield from (x.val for x in eqn.invars if isinstance(x, Literal))
+        for inner in _nested_jaxprs(eqn.params):
+            yield from open_jaxpr(inner)[1]
+            yield from nested_constants(inner)
+
+
 def has_custom_derivatives(closed: ClosedJaxpr) -> bool:
     """Whether a program, or a call in it, defines derivatives of its own."""
     jaxpr, _ = open_jaxpr(closed)

@@ -103,8 +103,7 @@ class _Entry:
         self.weights: list[str] = entry["weights"]
         self.static = [[(key, rebuild_static(value)) for key, value in part] for part in entry["static"]]
         self._static_text = str(entry["static"])
-        by_number, by_name = self.static
-        self._options = Options([i for i, _ in by_number], [k for k, _ in by_name])
+        self._options = Options(*entry["static_places"])
 
     def takes(self, args: Sequence[Any], kwargs: dict[str, Any], weak_types: bool) -> bool:
         """Whether a call is of this kind; symbolic sizes take any."""

@@ -19,6 +19,7 @@ from jax.tree_util import SequenceKey
 from jaxinfer import _jax
 from jaxinfer.arguments import Options
 from jaxinfer.call import PLATFORMS
+from jaxinfer.graph import emit, trace
 from jaxinfer.graph.node import INLINE_ELEMENTS
 from jaxinfer.optimized import Optimized
 from jaxinfer.pipeline import platform_now
@@ -104,13 +105,15 @@ def save(
     """
     fun = program[0] if isinstance(program, tuple) and len(program) == 2 else program
     if not callable(fun):
-        raise StorageError(f"a {type(program).__name__} is no program: give a function, or (function, params)")
+        raise StorageError(
+            f"an object of type {type(program).__name__} is no program: give a function, or (function, params)"
+        )
     if fun is not program:
         program = (fun, jax.tree.map(_as_array, program[1]))
     calls = [(examples, dict(kwargs or {}))] if examples or kwargs else []
     if batch_axes is not None:
         calls.append(_with_symbolic_batch(examples, dict(kwargs or {}), batch_axes))
-    kinds = _settled(program, calls) if isinstance(program, Optimized) else _traced(program, calls)
+    kinds = _settled(program, calls, vjp_order) if isinstance(program, Optimized) else _traced(program, calls)
     if not kinds:
         raise StorageError(
             f"{_name(fun)} was not called yet, so that it is not known what to store: call it first, or give example "
@@ -139,13 +142,19 @@ def save(
 # -- what to store ----------------------------------------------------------------------------------------------------
 
 
-def _settled(program: Optimized, calls: Sequence[tuple[Any, dict[str, Any]]]) -> list[_Kind]:
+def _settled(program: Optimized, calls: Sequence[tuple[Any, dict[str, Any]]], vjp_order: int) -> list[_Kind]:
     try:
         for args, kwargs in calls:
             program.program(*args, **kwargs)
-        return [_kind_of(call) for call in program.settled_calls()]
+        settled = program.settled_calls()
     except (TypeError, RuntimeError) as error:
         raise StorageError(f"{_name(program)} cannot be stored: {error}") from error
+    if vjp_order and any(_jax.has_custom_derivatives(call.program.jaxpr) for call in settled):
+        raise StorageError(
+            f"{_name(program)} defines derivatives of its own (custom_jvp or custom_vjp), which optimized programs do "
+            "not keep: save (function, params) as written, or with vjp_order=0"
+        )
+    return [_kind_of(call) for call in settled]
 
 
 def _kind_of(call: SettledCall) -> _Kind:
@@ -227,12 +236,13 @@ def _entry(
         program = kind.on(platform)
     except RuntimeError as error:
         raise StorageError(f"{name} cannot be stored for {platform}: {error}") from error
-    run, weights, results = _lifted(program, kind)
+    run, weights, results = _lifted(program, kind, keep_custom=vjp_order > 0)
     by_number, by_name = kind.static or ((), ())
     entry = {
         "platform": platform,
         "arguments": describe(kind.arguments),
         "static": [[[key, describe_static(value)] for key, value in part] for part in (by_number, by_name)],
+        "static_places": [list(kind.options.static_argnums), list(kind.options.static_argnames)],
         "types": [_type(aval) for aval in kind.avals],
         "results": describe(kind.results),
         "result_types": [_type(aval) for aval in results],
@@ -253,24 +263,41 @@ def _entry(
         raise StorageError(f"{name} cannot be stored for {platform}: {error}") from error
 
 
-def _lifted(program: PlatformProgram, kind: _Kind) -> tuple[Any, list[Any], Sequence[Any]]:
+def _lifted(program: PlatformProgram, kind: _Kind, keep_custom: bool) -> tuple[Any, list[Any], Sequence[Any]]:
     """A program as ``run(weights, *operands)``, its large constants among the weights, and the types of its results."""
     given = [*program.weights, *kind.bound]
     count = len(program.weights)
     jaxpr = _jax.make_jaxpr(
         lambda *values: program.flat(list(values[:count]), *values[count:]), [*map(_jax.abstract, given), *kind.avals]
     )
+    results = [v.aval for v in _jax.open_jaxpr(jaxpr)[0].outvars]
+    if any(map(_is_large, _jax.nested_constants(jaxpr))):
+        # As a graph: that has calls inlined, and constants in one place.
+        graph = trace(jaxpr, keep_custom=keep_custom)
+        emitted, hidden = emit(graph), [w.value for w in graph.weights]
+        return _after(given, emitted), [*given, *hidden], results
     plain, consts = _jax.without_constvars(jaxpr)
-    large = [i for i, c in enumerate(consts) if np.size(c) > INLINE_ELEMENTS or _jax.is_extended(c.dtype)]
+    large = [i for i, c in enumerate(consts) if _is_large(c)]
     body = _jax.jaxpr_as_fun(_jax.close_jaxpr(plain))
 
-    def run(weights: Sequence[Any], *operands: Any) -> list[Any]:
-        filled = list(consts)
-        for place, i in enumerate(large):
-            filled[i] = weights[len(given) + place]
-        return body(*filled, *weights[: len(given)], *operands)
+    def filled(own: Sequence[Any], *operands: Any) -> list[Any]:
+        every = list(consts)
+        for i, value in zip(large, own):
+            every[i] = value
+        return body(*every, *operands)
 
-    return run, [*given, *(consts[i] for i in large)], [v.aval for v in _jax.open_jaxpr(jaxpr)[0].outvars]
+    return _after(given, filled), [*given, *(consts[i] for i in large)], results
+
+
+def _after(given: Sequence[Any], fun: Callable[..., Any]) -> Callable[..., Any]:
+    """``fun(own weights, *given weights, *operands)`` as a function of all weights in one list."""
+    count = len(given)
+    return lambda weights, *operands: fun(weights[count:], *weights[:count], *operands)
+
+
+def _is_large(constant: Any) -> bool:
+    """Whether a constant is a weight rather than a part of the program."""
+    return np.size(constant) > INLINE_ELEMENTS or (hasattr(constant, "dtype") and _jax.is_extended(constant.dtype))
 
 
 def _type(aval: Any) -> list[Any]:

@@ -25,7 +25,9 @@ def random_array(dtype, size, rng, density=1.0):
     if dtype.name in NARROW or dtype == np.bool_:
         values = np.arange(16 if "4" in dtype.name else 4 if "2" in dtype.name else 2, dtype=np.uint8)
         signed = values - (len(values) // 2 if dtype.name.startswith("int") else 0)
-        table = values.view(dtype) if "float" in dtype.name or dtype == np.bool_ else signed.astype(np.int8).astype(dtype)
+        table = (
+            values.view(dtype) if "float" in dtype.name or dtype == np.bool_ else signed.astype(np.int8).astype(dtype)
+        )
         array = table[rng.integers(0, len(table), size)]
     else:
         array = np.frombuffer(rng.bytes(size * dtype.itemsize), dtype).copy()
