@@ -208,7 +208,7 @@ def _find_equal(graph: Graph, node: Node) -> Match | None:
     same = {
         **_repeated(fixed, loop.fixed),
         **_repeated(steps, loop.xs),
-        **_equal_carries(loop),
+        **equal_carries(loop),
     }
     first_row: dict[Value, int] = {}
     rows = [first_row.setdefault(same.get(v, v), i) for i, v in enumerate(loop.rows)]
@@ -243,7 +243,7 @@ def _repeated(inner: Sequence[Value], outer: Sequence[Value]) -> dict[Value, Val
     return {x: y for x, y in found.items() if x != y}
 
 
-def _equal_carries(loop: Loop) -> dict[Value, Value]:
+def equal_carries(loop: Loop) -> dict[Value, Value]:
     """Carries that start the same and, being the same, go on the same: the coarsest partition that steps respect."""
     fixed, carries, steps = loop.steps_inputs
     types = [(str(v.aval), getattr(v.aval, "weak_type", False)) for v in carries]

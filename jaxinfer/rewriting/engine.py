@@ -134,53 +134,8 @@ class Rewriter:
 
     # -- one pass --
 
-    def _pass(
-        self,
-        graph: Graph,
-        decide: Decide,
-        nested: Callable[[Graph], Graph],
-        dirty: set[Node] | None,
-    ) -> Graph:
-        builder = GraphBuilder()
-        builder.inputs = list(graph.inputs)
-        moved: dict[Value, Value] = {}
-        changed = False
-
-        def now(value: Value) -> Value:
-            return moved.get(value, value)
-
-        def ready(value: Value) -> bool:
-            return value in moved or value.node.op in ("const", "input")
-
-        # What is known comes first, so that a form made of several known arrays finds all of them at its place.
-        for node in sorted(graph.nodes, key=lambda n: n not in graph.known):
-            results = [Value(node, i) for i in range(len(node.avals))]
-            if results and all(v in moved for v in results) and node.is_pure:
-                continue
-            asked = dirty is None or node in dirty
-            replacement = decide(graph, node) if asked else None
-            if replacement is not None and all(ready(v) for v in replacement.arguments):
-                jaxpr, consts = _jax.open_jaxpr(replacement.jaxpr)
-                values = splice(builder, jaxpr, consts, [now(v) for v in replacement.arguments], known_inside=True)
-                moved.update(zip(replacement.roots, values))
-                self.log.note(replacement)
-                changed = True
-                if all(v in moved for v in results):
-                    continue
-            subs = {g: nested(g) for g in node.subgraphs}
-            params = node.params
-            if any(old is not new for old, new in subs.items()):
-                params = {k: _swap(v, subs) for k, v in node.params.items()}
-                changed = True
-            inputs = [now(v) for v in node.inputs]
-            extra = {} if params is node.params else {"params": params}
-            new = builder.copy(node, inputs, **extra)
-            changed = changed or new is not node
-            for i, result in enumerate(results):
-                moved.setdefault(result, Value(new, i))
-        if not changed:
-            return graph
-        return builder.build([now(v) for v in graph.outputs], out_avals=graph.out_avals)
+    def _pass(self, graph: Graph, decide: Decide, nested: Callable[[Graph], Graph], dirty: set[Node] | None) -> Graph:
+        return _Pass(graph, decide, nested, dirty, self.log).run()
 
     def _first_replacement(self, graph: Graph, node: Node) -> Replacement | None:
         if not node.is_pure:
@@ -204,6 +159,95 @@ class Rewriter:
         if jaxpr is None:
             return None
         return Replacement(rule, m.roots, tuple(m.values.values()), jaxpr)
+
+
+class _Pass:
+    """One walk over a graph, in program order, that puts forms in the places of others.
+
+    Args:
+        graph: the program.
+        decide: what to put in the place of a node, if anything.
+        nested: what becomes of the graphs that a node holds.
+        dirty: the nodes to decide about; None for all.
+        log: where rewrites are counted.
+    """
+
+    def __init__(
+        self, graph: Graph, decide: Decide, nested: Callable[[Graph], Graph], dirty: set[Node] | None, log: Log
+    ):
+        self._graph, self._decide, self._nested, self._dirty, self._log = graph, decide, nested, dirty, log
+        self._builder = GraphBuilder()
+        self._builder.inputs = list(graph.inputs)
+        # What is known comes first, so that a form made of several known arrays finds all of them at its place.
+        self._order = sorted(graph.nodes, key=lambda n: n not in graph.known)
+        self._moved: dict[Value, Value] = {}
+        self._begun: set[Node] = set()
+        self._changed = False
+
+    def run(self) -> Graph:
+        """The new graph; the very same one where nothing was changed."""
+        for node in self._order:
+            self._visit(node)
+        if not self._changed:
+            return self._graph
+        outputs = [self._now(v) for v in self._graph.outputs]
+        return self._builder.build(outputs, out_avals=self._graph.out_avals)
+
+    def _now(self, value: Value) -> Value:
+        return self._moved.get(value, value)
+
+    def _visit(self, node: Node) -> None:
+        results = [Value(node, i) for i in range(len(node.avals))]
+        if results and all(v in self._moved for v in results) and node.is_pure:
+            return
+        asked = self._dirty is None or node in self._dirty
+        replacement = self._decide(self._graph, node) if asked else None
+        if replacement is not None and self._makes_ready(replacement, node):
+            jaxpr, consts = _jax.open_jaxpr(replacement.jaxpr)
+            arguments = [self._now(v) for v in replacement.arguments]
+            values = splice(self._builder, jaxpr, consts, arguments, known_inside=True)
+            self._moved.update(zip(replacement.roots, values))
+            self._log.note(replacement)
+            self._changed = True
+            if all(v in self._moved for v in results):
+                return
+        subs = {g: self._nested(g) for g in node.subgraphs}
+        params = node.params
+        if any(old is not new for old, new in subs.items()):
+            params = {k: _swap(v, subs) for k, v in node.params.items()}
+            self._changed = True
+        extra = {} if params is node.params else {"params": params}
+        new = self._builder.copy(node, [self._now(v) for v in node.inputs], **extra)
+        self._changed = self._changed or new is not node
+        for i, result in enumerate(results):
+            self._moved.setdefault(result, Value(new, i))
+
+    def _makes_ready(self, replacement: Replacement, node: Node) -> bool:
+        """Computes what a form of several roots needs that comes later in the program; False where it cannot be."""
+        late = self._missing(replacement)
+        if not late:
+            return late is not None
+        self._begun.add(node)
+        for other in self._order:
+            if other in late:
+                self._visit(other)
+        self._begun.discard(node)
+        return not any(root in self._moved for root in replacement.roots)
+
+    def _missing(self, replacement: Replacement) -> set[Node] | None:
+        """What the arguments wait for; None if that includes what is replaced, or effects, whose order is kept."""
+        found: set[Node] = set()
+        barred = self._begun | {root.node for root in replacement.roots}
+        stack = list(replacement.arguments)
+        while stack:
+            value = stack.pop()
+            if value in self._moved or value.node in found or value.node.op in ("const", "input"):
+                continue
+            if value.node in barred or not value.node.is_pure:
+                return None
+            found.add(value.node)
+            stack.extend(value.node.inputs)
+        return found
 
 
 def _trace_after(rule: Rule, m: Match) -> Any:

@@ -97,6 +97,18 @@ def recurrent(params, xs):
     return jnp.mean(jax.lax.scan(step, start, xs)[1] ** 2)
 
 
+def test_loops_of_all_orders_run_once():
+    def fun(c):
+        return jnp.sum(jax.lax.scan(lambda h, _: (jnp.tanh(W[:4] @ h), None), c, length=5)[0] ** 2)
+
+    left = operations(all_orders(fun, autoinfer), X)
+    # One way there, one way back: those of the Hessian.
+    assert left["scan"] == 2 and left["tanh"] == 1
+    assert left["dot_general"] == operations(autoinfer.hessian(fun), X)["dot_general"]
+    for have, want in zip(all_orders(fun, autoinfer)(X), all_orders(fun, jax)(X), strict=True):
+        np.testing.assert_allclose(have, want, rtol=1e-9, atol=1e-10)
+
+
 def test_sums_over_steps_of_weight_gradients_leave_the_loop():
     graph = autoinfer.grad(recurrent).graph(PARAMS, XS)
     loops = [node for node in graph.nodes if node.op == "scan"]

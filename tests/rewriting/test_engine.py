@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.experimental import io_callback
 
 from jaxinfer.graph import Value, check, run, trace_function
 from jaxinfer.rewriting import Find, Match, Rewriter, Rule, RuleError, known, number, op, var
@@ -155,6 +156,45 @@ def test_roots_whose_values_come_later_are_left_alone():
     graph = graph_of(lambda x: jnp.sin(jnp.sin(x) + 1))
     result, rewriter = rewritten(graph, pair)
     assert result is graph and not rewriter.log.fired
+
+
+def _pair_of_sines(gap):
+    """Joins two sines; their operands may be made between the two, by operations that ``gap`` says."""
+
+    def find(graph, node):
+        sines = [n for n in graph.nodes if n.op == "sin"]
+        if len(sines) < 2 or node is not sines[0]:
+            return None
+        return Match(
+            graph, tuple(Value(n, 0) for n in sines), values={f"x{i}": n.inputs[0] for i, n in enumerate(sines)}
+        )
+
+    pair = rule("pair", Find(("sin",), find), lambda m, **xs: tuple(jnp.cos(x) for x in xs.values()))
+
+    def function(x):
+        first = jnp.sin(x)
+        return jnp.exp(first), jnp.sin(gap(x))
+
+    return rewritten(graph_of(function), pair)
+
+
+def test_what_another_root_needs_is_computed_first():
+    graph, rewriter = _pair_of_sines(lambda x: jnp.tanh(x) + 1)
+    assert [n.op for n in graph.nodes] == ["tanh", "add", "cos", "cos", "exp"]
+    assert rewriter.log.fired["pair"] == 1
+    np.testing.assert_allclose(run(graph, {}, VECTOR)[1], np.cos(np.tanh(VECTOR) + 1), rtol=1e-6)
+
+
+def test_effects_are_not_brought_forward():
+    def gap(x):
+        return jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    def loud(x):
+        return io_callback(np.tanh, jax.ShapeDtypeStruct(x.shape, x.dtype), x, ordered=True)
+
+    assert _pair_of_sines(gap)[1].log.fired["pair"] == 1
+    graph, rewriter = _pair_of_sines(loud)
+    assert not rewriter.log.fired and graph.count("sin") == 2
 
 
 # -- nested programs --------------------------------------------------------------------------------------------------
