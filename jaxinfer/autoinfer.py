@@ -13,6 +13,7 @@ from jaxinfer.sparsity.distillation import Distillation
 from jaxinfer.sparsity.granularity import NM, Block
 from jaxinfer.sparsity.l0 import L0
 from jaxinfer.sparsity.learn import learn_masks
+from jaxinfer.sparsity.low_rank import low_rank
 from jaxinfer.sparsity.magnitude import Magnitude, StraightThrough, Taylor
 from jaxinfer.sparsity.result import Diverged, Learned
 from jaxinfer.sparsity.schedule import Cubic
@@ -53,6 +54,7 @@ __all__ = [
     "laplacian",
     "learn_masks",
     "load",
+    "low_rank",
     "optimize",
     "prune_updates",
     "save",
