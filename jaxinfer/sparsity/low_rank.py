@@ -1,7 +1,8 @@
 """``autoinfer.low_rank``: weights become two thin factors where that is accurate enough and measures faster.
 
 With X the rows that a product multiplies its weights W with, the best factors of a rank are those that make
-‖X(W − L R)‖ least: with XᵀX = C Cᵀ, the truncated singular value decomposition of Cᵀ W, its left factor multiplied with C⁻ᵀ.
+‖X(W − L R)‖ least: with XᵀX = C Cᵀ, the truncated singular value decomposition of Cᵀ W, its left factor multiplied
+with C⁻ᵀ.
 
 Reference: Wang, Zheng, Wan and Zhang, "SVD-LLM: truncation-aware singular value decomposition for large language model
 compression", ICLR 2025.
