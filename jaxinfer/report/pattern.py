@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-_PALETTE = "tab20"
-
 
 def plot_pattern(
     rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int], groups: np.ndarray, title: str, axes: Any = None
@@ -70,7 +68,9 @@ def plot_coloring(
     return axes
 
 
-def _colors(groups: np.ndarray) -> np.ndarray:
+def _colors(groups: Any) -> np.ndarray:
+    """Ten strong colours, then their ten light ones, which the palette has in turn."""
     from matplotlib import colormaps
 
-    return colormaps[_PALETTE](groups % colormaps[_PALETTE].N)
+    strong, light = np.arange(0, 20, 2), np.arange(1, 20, 2)
+    return colormaps["tab20"](np.concatenate([strong, light])[np.asarray(groups) % 20])
