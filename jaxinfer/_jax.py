@@ -401,6 +401,13 @@ def shapes_of(tree: Any) -> Any:
     )
 
 
+@contextlib.contextmanager
+def without_source_files() -> Iterator[None]:
+    """What is lowered inside says nothing about the folders and the calls that its source came from."""
+    with _config.hlo_source_file_canonicalization_regex(r"^.*[/\\]"), _config.traceback_in_locations_limit(1):
+        yield
+
+
 # -- compiled programs ------------------------------------------------------------------------------------------------
 
 

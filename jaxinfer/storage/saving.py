@@ -253,10 +253,11 @@ def _entry(
     try:
         types = [_jax.to_struct(_jax.abstract(x)) for x in weights], *map(_jax.to_struct, kind.avals)
         run.__name__ = name
-        exported = export.export(jax.jit(run), platforms=(platform,))(*types)
-        if exported.nr_devices != 1:
-            raise StorageError(f"{name} runs on {exported.nr_devices} devices: store it for one")
-        return entry, bytes(exported.serialize(vjp_order=vjp_order))
+        with _jax.without_source_files():
+            exported = export.export(jax.jit(run), platforms=(platform,))(*types)
+            if exported.nr_devices != 1:
+                raise StorageError(f"{name} runs on {exported.nr_devices} devices: store it for one")
+            return entry, bytes(exported.serialize(vjp_order=vjp_order))
     except ImportError as error:
         raise StorageError(f"programs are written with a package: pip install flatbuffers ({error})") from error
     except (NotImplementedError, ValueError, KeyError, TypeError) as error:

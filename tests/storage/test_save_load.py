@@ -2,6 +2,7 @@
 
 import collections
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import chex
@@ -362,6 +363,14 @@ def test_compiler_options_unknown_here_are_told(through, monkeypatch):
     loaded._stored.entries[0]._compiler = {"xla_option_of_another_release": "1"}
     with pytest.warns(UserWarning, match="does not know .*xla_option_of_another_release"):
         loaded(X)
+
+
+def test_programs_say_nothing_about_the_folders_they_come_from(through):
+    loaded = through((chain, PARAMS), X, vjp_order=1)
+    code = loaded._stored.entries[0].exported
+    for module in (code.mlir_module_serialized, code.vjp().mlir_module_serialized):
+        assert str(Path(__file__).parent).encode() not in module
+        assert str(Path(autoinfer.__file__).parent).encode() not in module
 
 
 # -- what cannot be saved ---------------------------------------------------------------------------------------------
