@@ -9,10 +9,10 @@ import pytest
 from derivatives_like_jax import check, our_vjp
 from jax import lax
 
-from jaxinfer.differentiation.tables import bilinear
+from jaxinfer.differentiation.tables import bilinear, convolution
 
 pytestmark = pytest.mark.usefixtures("float64")
-OURS = frozenset(bilinear.TANGENTS)
+OURS = frozenset(bilinear.TANGENTS) | frozenset(convolution.TANGENTS)
 _RNG = np.random.default_rng(0)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from jaxinfer.differentiation.rules import PullbackRule, ResultsRule, TangentRule
 from jaxinfer.differentiation.tables import (
     bilinear,
+    convolution,
     cumulative,
     elementwise,
     factorizations,
@@ -17,7 +18,18 @@ from jaxinfer.differentiation.tables import (
     special_functions,
 )
 
-_SUBJECTS = (bilinear, cumulative, elementwise, factorizations, fft, indexing, linear, reductions, special_functions)
+_SUBJECTS = (
+    bilinear,
+    convolution,
+    cumulative,
+    elementwise,
+    factorizations,
+    fft,
+    indexing,
+    linear,
+    reductions,
+    special_functions,
+)
 
 TANGENTS: Mapping[str, TangentRule] = {op: rule for subject in _SUBJECTS for op, rule in subject.TANGENTS.items()}
 PULLBACKS: Mapping[str, PullbackRule] = {op: rule for subject in _SUBJECTS for op, rule in subject.PULLBACKS.items()}
