@@ -5,6 +5,7 @@ Where several rules match at a node the first one is applied, so simplifications
 
 from jaxinfer.rewrites import (
     affine,
+    branch_sharing,
     control_flow,
     conversions,
     convolution,
@@ -20,6 +21,7 @@ from jaxinfer.rewrites import (
     reductions,
     simplify,
     slicing,
+    sparse_weights,
     structured,
 )
 from jaxinfer.rewriting import Rule
@@ -31,6 +33,7 @@ RULES: tuple[Rule, ...] = (
     *slicing.RULES,
     *reductions.RULES,
     *control_flow.RULES,
+    *branch_sharing.RULES,
     *affine.RULES,
     *linear_algebra.RULES,
     *structured.RULES,
@@ -41,6 +44,7 @@ RULES: tuple[Rule, ...] = (
     *loop_forms.RULES,
     *loop_blocks.RULES,
     *convolution.RULES,
+    *sparse_weights.RULES,
 )
 
 # For derivatives as they are made: fewer operations, but everything joined is in memory at once, so no program that is
