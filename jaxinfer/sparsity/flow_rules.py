@@ -105,12 +105,21 @@ def reshaped(table: np.ndarray, old: Sequence[int], new: Sequence[int]) -> np.nd
     return np.broadcast_to(table, spread).reshape(target)
 
 
+def _order(node: Node) -> Sequence[int]:
+    """The axes of the operand of a reshape in the order in which its elements are read."""
+    order = node.params["dimensions"] if node.op == "reshape" else None
+    return range(len(node.inputs[0].shape)) if order is None else order
+
+
 def _reshape(node: Node, kinds: Sequence[Kinds]) -> Sequence[Kinds]:
-    return [reshaped(kinds[0], node.inputs[0].shape, node.aval.shape)]
+    order = _order(node)
+    return [reshaped(kinds[0].transpose(order), [node.inputs[0].shape[a] for a in order], node.aval.shape)]
 
 
 def _reshape_back(node: Node, kinds: Sequence[Kinds], needs: Sequence[Needs]) -> Sequence[Needs]:
-    return [reshaped(needs[0], node.aval.shape, node.inputs[0].shape)]
+    order = _order(node)
+    need = reshaped(needs[0], node.aval.shape, [node.inputs[0].shape[a] for a in order])
+    return [need.transpose(np.argsort(order))]
 
 
 def _transpose(node: Node, kinds: Sequence[Kinds]) -> Sequence[Kinds]:

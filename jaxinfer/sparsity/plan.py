@@ -151,7 +151,7 @@ def decide(
             void.append(NONE)
             frozen.append(NONE)
             continue
-        goes = spare.all(axis=others) & (masked | cut).any(axis=others)
+        goes = spare.all(axis=others) & (masked.all(axis=others) | cut.any(axis=others))
         goes[stays[axis]] = False
         needed = (~masked & (now == NUMBER)).any(axis=others)
         unused = (~masked & (now == UNUSED)).any(axis=others)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from jaxinfer.sparsity.slices import (
     NONE,
     Indices,
     Sliced,
+    Undefined,
     dense,
     evaluate,
     part,
@@ -57,6 +59,7 @@ class Replay(Emit):
         self.notes: Counter[tuple[str, str]] = Counter()
         self._emit = Emit({})
         self._at: list[Node] = []
+        self._silent = 0
         self._graphs: dict[int, tuple[Any, Graph]] = {}
 
     def constant(self, node: Node) -> Any:
@@ -96,6 +99,10 @@ class Replay(Emit):
         self._at.append(node)
         try:
             return rule(node, *inputs)
+        except Undefined as error:
+            if error.where is None:
+                raise Undefined(str(error), f"{node.op} ({_jax.source_line(node.source)})") from error
+            raise
         finally:
             self._at.pop()
 
@@ -131,6 +138,8 @@ class Replay(Emit):
 
     def log(self, x: Sliced, axis: int, indices: Indices) -> None:
         """Remembers that missing slices were put back."""
+        if self._silent:
+            return
         if x.leaf and (at := x.leaf[axis]) is not None and not x.known:
             self.expanded.setdefault(at, set()).update(indices.tolist())
         elif indices.size:
@@ -138,9 +147,18 @@ class Replay(Emit):
 
     def note(self) -> None:
         """Remembers that a value was put together again at the operation that is being replayed."""
-        if self._at:
+        if self._at and not self._silent:
             node = self._at[-1]
             self.notes[node.op, _jax.source_line(node.source)] += 1
+
+    @contextlib.contextmanager
+    def unlogged(self) -> Iterator[None]:
+        """Looks at a body to find out what its results keep, which is no use of its operands yet."""
+        self._silent += 1
+        try:
+            yield
+        finally:
+            self._silent -= 1
 
     def traced(self, jaxpr: Any) -> Graph:
         """The graph of a nested program."""

@@ -24,7 +24,15 @@ Indices = np.ndarray
 
 
 class Undefined(Exception):
-    """Something that was left out because nothing seemed to depend on it is needed after all."""
+    """Something that was left out because nothing seemed to depend on it is needed after all.
+
+    Attributes:
+        where: the operation that needs it.
+    """
+
+    def __init__(self, what: str, where: str | None = None):
+        super().__init__(what if where is None else f"{what} in {where}")
+        self.where = where
 
 
 @dataclass(frozen=True, eq=False)

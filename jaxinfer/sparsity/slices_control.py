@@ -155,7 +155,8 @@ class _Body:
             found.extend(map(form_of, results))
             return [dense(r, anything=True) for r in results]
 
-        jax.eval_shape(walk, *arrays)
+        with self.domain.unlogged():
+            jax.eval_shape(walk, *arrays)
         return found
 
 
@@ -260,13 +261,26 @@ def while_loop(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
     def values(state: Sequence[Any]) -> list[Any]:
         return [_value(f, a) for f, a in zip(forms, state)]
 
+    def going(state: Any) -> Any:
+        return dense(test(*values(state))[0])
+
     def step(state: Any) -> Any:
         found = body(*values(state))
-        return tuple(_typed(array_in(r, f), a) for r, f, a in zip(found, forms, p["body"].out_avals))
+        new = [_typed(array_in(r, f), a) for r, f, a in zip(found, forms, p["body"].out_avals)]
+        # Under vmap each example stops at its own time, and then stays as it is.
+        active = going(state)
+        return tuple(_where(active, y, x, f) if active.ndim else y for y, x, f in zip(new, state, forms))
 
     init = tuple(_typed(array_in(c, f), a) for c, f, a in zip(carry, forms, avals))
-    last = jax.lax.while_loop(lambda s: dense(test(*values(s))[0]), step, init)
-    return values(last)
+    return values(jax.lax.while_loop(lambda s: jnp.any(going(s)), step, init))
+
+
+def _where(active: Any, new: Any, old: Any, form: Form | None) -> Any:
+    """New values for the examples, along leading axes, that go on."""
+    for axis in range(active.ndim):
+        if form is not None and (keep := form.keep[axis]) is not None:
+            active = jnp.take(active, keep, axis)
+    return jnp.where(active.reshape(active.shape + (1,) * (new.ndim - active.ndim)), new, old)
 
 
 def cond(domain: Any, node: Node, index: Any, *inputs: Any) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -131,36 +132,46 @@ def _absorbed(node: Node, xs: Sequence[Sliced], axis: int) -> Indices:
 
 def _fill(node: Node, xs: Sequence[Sliced], removal: _Removal, shape: Sequence[int]) -> tuple[Any, bool]:
     """What the result is where something is missing; keeps more where that would be as much as the result itself."""
-    gone, rank = removal.gone, len(shape)
-    if not any(g.size for g in gone.values()):
-        return None, True
-    if _only(removal, removal.absorbed):
-        return None, True
-    # Where something is absorbed or void, the others may still be there.
-    both = {a: np.setdiff1d(g, merged(removal.absorbed[a], removal.void[a])) for a, g in gone.items()}
-    parts = [missing(x, both) for x in xs]
-    if node.op in ABSORBING:
-        for i in ABSORBING[node.op](len(xs)):
-            if parts[i][1] and not np.any(parts[i][0]):
-                return None, True
-    known = all(k for _, k in parts)
-    size = math.prod(max(np.shape(f)[a] for f, _ in parts) for a in range(rank))
-    if known and size > LARGEST_KNOWN:
-        known = False
-    axes = [a for a in range(rank) if gone[a].size]
-    if known or all(np.shape(f)[a] == 1 for f, _ in parts for a in axes):
-        arrays = _together([np.asarray(f) if known else f for f, _ in parts], known)
-        fill = apply(node, arrays, known)[0]
-        if known or not any(z.size for z in removal.absorbed.values()):
-            return (_absorb(fill, removal.absorbed, shape) if known else fill), known
-    # What is missing changes with the inputs and from slice to slice: it is kept.
-    for a in range(rank):
-        gone[a] = merged(removal.absorbed[a], removal.void[a])
-    if _only(removal, removal.absorbed):
-        return None, True
-    for a in range(rank):
-        gone[a] = removal.void[a]
+    axes = [a for a in range(len(shape)) if removal.gone[a].size]
+    # Where the fill would change with the inputs and from slice to slice, some axes are kept in full instead.
+    for count in range(len(axes) + 1):
+        for given_up in itertools.combinations(axes, count):
+            gone = {a: _sure(removal, a) if a in given_up else g for a, g in removal.gone.items()}
+            found = _fill_for(node, xs, gone, removal, shape)
+            if found is not None:
+                removal.gone = gone
+                return found
+    removal.gone = dict(removal.void)
     return None, True
+
+
+def _sure(removal: _Removal, axis: int) -> Indices:
+    """The missing indices along an axis that need no fill of their own."""
+    return merged(removal.absorbed[axis], removal.void[axis])
+
+
+def _fill_for(
+    node: Node, xs: Sequence[Sliced], gone: Mapping[int, Indices], removal: _Removal, shape: Sequence[int]
+) -> tuple[Any, bool] | None:
+    """The fill of a result that misses given indices, and whether it is known; None where it would be too much."""
+    rank = len(shape)
+    # Where something is absorbed or void, the others may still be there.
+    both = {a: np.setdiff1d(g, _sure(removal, a)) for a, g in gone.items()}
+    if not any(b.size for b in both.values()):
+        return None, True
+    parts = [missing(x, both) for x in xs]
+    for i in ABSORBING[node.op](len(xs)) if node.op in ABSORBING else ():
+        if parts[i][1] and not np.any(parts[i][0]):
+            return None, True
+    size = math.prod(max(np.shape(f)[a] for f, _ in parts) for a in range(rank))
+    known = all(k for _, k in parts) and size <= LARGEST_KNOWN
+    if known:
+        arrays = _together([np.asarray(f) for f, _ in parts], True)
+        return _absorb(apply(node, arrays, True)[0], removal.absorbed, shape), True
+    uniform = all(np.shape(f)[a] == 1 for f, _ in parts for a in range(rank) if gone[a].size)
+    if uniform and not any(z.size for z in removal.absorbed.values()):
+        return apply(node, _together([f for f, _ in parts], False), False)[0], False
+    return None
 
 
 def _absorb(fill: np.ndarray, absorbed: Mapping[int, Indices], shape: Sequence[int]) -> np.ndarray:
@@ -172,11 +183,6 @@ def _absorb(fill: np.ndarray, absorbed: Mapping[int, Indices], shape: Sequence[i
             fill = np.broadcast_to(fill, full).copy()
             fill[(slice(None),) * axis + (zeros,)] = 0
     return fill
-
-
-def _only(removal: _Removal, known: Mapping[int, Indices]) -> bool:
-    """Whether all that is left out is among the given indices, or void."""
-    return all(np.isin(g, merged(known[a], removal.void[a])).all() for a, g in removal.gone.items())
 
 
 def _together(arrays: Sequence[Any], known: bool) -> list[Any]:

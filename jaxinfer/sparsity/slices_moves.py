@@ -56,10 +56,14 @@ def reordered(x: Sliced, shape: Sequence[int], source: Sequence[int | None], arr
 
 
 def transpose(domain: Any, node: Node, x: Sliced) -> Sequence[Any]:
-    order = tuple(node.params["permutation"])
-    (array,) = apply(node, [x.array], x.known)
+    return [transposed(x, node.params["permutation"])]
+
+
+def transposed(x: Sliced, order: Sequence[int]) -> Sliced:
+    """The value with its axes in another order."""
+    array = np.transpose(x.array, order) if x.known else lax.transpose(x.array, order)
     fill = np.transpose(x.fill, order) if x.fill_known else lax.transpose(x.fill, order)
-    return [reordered(x, node.aval.shape, order, array, fill)]
+    return reordered(x, [x.shape[a] for a in order], order, array, fill)
 
 
 def broadcast(domain: Any, node: Node, x: Sliced) -> Sequence[Any]:
@@ -104,8 +108,10 @@ def segments(old: Sequence[int], new: Sequence[int]) -> Iterator[Segment]:
 
 def reshape(domain: Any, node: Node, x: Sliced) -> Sequence[Any]:
     shape = tuple(node.aval.shape)
-    if 0 in shape or (node.op == "reshape" and node.params["dimensions"] is not None):
+    if 0 in shape:
         return domain.plainly(node, x)
+    if node.op == "reshape" and node.params["dimensions"] is not None:
+        x = transposed(x, node.params["dimensions"])
     for axis, n in enumerate(x.shape):
         if n == 1 and x.keep[axis] is not None:
             x = restricted(x, axis, None)

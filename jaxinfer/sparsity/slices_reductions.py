@@ -177,37 +177,18 @@ def _removal(way: Way, xs: Sequence[Sliced]) -> tuple[Indices, Indices]:
 def _all_zero(xs: Sequence[Sliced], found: Sequence[Way]) -> bool:
     """Whether every operand that runs along is zero wherever it is missing."""
     along_ = {i for way in found for i, a in enumerate(way.operands) if a is not None}
-    return all(xs[i].is_zero and not (xs[i].known and xs[i].is_whole) for i in along_)
+    return all(not np.any(xs[i].array) if xs[i].known and xs[i].is_whole else xs[i].is_zero for i in along_)
 
 
 def _fills(node: Node, xs: Sequence[Sliced], way: Way, gone: Indices) -> list[tuple[Any, bool]] | None:
     """The operation on the fills, whose axis has one index where they are the same for all; None if they are not."""
-    arrays, known, sizes = [], True, set()
-    for x, a in zip(xs, way.operands):
-        if a is None:
-            arrays.append(dense(x, anything=True))
-            known = known and x.known
-            continue
-        known = known and (x.known if x.is_whole else x.fill_known)
-        fill = dense(x, anything=True) if x.is_whole else x.fill
-        sizes.add(fill.shape[a])
-        arrays.append((fill, x, a))
-    size = max(sizes)
+    parts = [_part_of_fill(x, a) for x, a in zip(xs, way.operands)]
+    size = max(f.shape[a] for (f, _), a in zip(parts, way.operands) if a is not None)
+    shapes = [[size if i == a else n for i, n in enumerate(x.shape)] for x, a in zip(xs, way.operands)]
+    known = all(k for _, k in parts) and sum(map(math.prod, shapes)) <= 8 * LARGEST_KNOWN
     if size > 1 and not known:
         return None
-    ready = []
-    for given in arrays:
-        if not isinstance(given, tuple):
-            ready.append(given)
-            continue
-        fill, x, a = given
-        shape = list(x.shape)
-        shape[a] = size
-        if math.prod(shape) > 8 * LARGEST_KNOWN:
-            known = False
-        ready.append(spread(fill, shape, x.fill_known and not _jax.under_trace()))
-    if size > 1 and not known:
-        return None
+    ready = [spread(f, shape, k) for (f, k), shape in zip(parts, shapes)]
     n = node.avals[0].shape[way.results[0]]
     params = resized(node, way, n, size) if size != n else node.params
     changes = {k: v for k, v in params.items() if node.params.get(k) is not v}
@@ -215,6 +196,18 @@ def _fills(node: Node, xs: Sequence[Sliced], way: Way, gone: Indices) -> list[tu
     return [(y, known) for y in results]
 
 
+
+
+def _part_of_fill(x: Sliced, axis: int | None) -> tuple[Any, bool]:
+    """What an operand is where slices along its axis are missing in others."""
+    if axis is None:
+        return dense(x, anything=True), x.known
+    if not x.is_whole:
+        return x.fill, x.fill_known
+    first = np.take(x.array, [0], axis) if x.known and x.shape[axis] else None
+    if first is not None and np.array_equal(np.broadcast_to(first, x.shape), x.array):
+        return first, True
+    return x.array, x.known
 
 
 RULES: Mapping[str, Rule] = dict.fromkeys(_COMBINE, reduction)
