@@ -1,0 +1,1 @@
+"""Numbers in fewer bits: schemes, calibration, and programs that compute with integers."""
