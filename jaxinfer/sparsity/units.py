@@ -175,13 +175,13 @@ class Units:
         size = a.max() + 1
         links = sparse.coo_array((np.ones(len(a)), (a, b + size)), (size + b.max() + 1,) * 2)
         count, labels = sparse.csgraph.connected_components(links, directed=False)
-        # A single set would be all or nothing.
-        return self.fresh(count)[labels[a]] if count > 1 else free(len(a))
+        # A single set would be all or nothing: what stands there stays.
+        return self.fresh(count)[labels[a]] if count > 1 else given(len(a))
 
     def _equate(self, a: Vector, b: Vector) -> None:
         """Makes ids the same as others; where there is no other they cannot go."""
         self.lock(a[~is_real(b)], "reshaped across what goes together")
-        self.unify(a, b)
+        self.unify(a, b, zeroing=True)
 
     def either(self, a: Vector, b: Vector) -> Vector:
         """Ids that go when either of two goes."""
