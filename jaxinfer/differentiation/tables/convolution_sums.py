@@ -173,29 +173,48 @@ def _padded(x: Array, places: Sequence[int], window: Window) -> Array:
 
 
 def _depthwise_kernel(x: Array, ct: Array, window: Window) -> Array:
-    """dw[t, c, m] = sum_{n, p} x[n, s p + d t - b, c] dy[n, p, (c, m)]."""
+    """dw[t, c, m] = sum_{n, p} x[n, s p + d t - b, c] dy[n, p, (c, m)].
+
+    The window's positions along the last axis stand side by side, [n, *space, t, c, m]; those along others are terms.
+    """
     channels, outer = x.shape[-1], ct.shape[-1] // x.shape[-1]
     first, *others = ct.shape[1:-1]
     rows = first if first <= 2 * _ROWS else _ROWS
-    blocks = -(-first // rows)
-    places = [blocks * rows, *others]
+    size = [-(-first // rows), *others]
+    places = [size[0] * rows, *others]
     wide = _accumulator(ct.dtype)
-    reads = _padded(x, places, window).astype(wide)
-    given = lax.optimization_barrier(_pad(ct, [0] * len(places), [p - n for p, n in zip(places, ct.shape[1:])]))
-    given = given.astype(wide)
-    if outer > 1:
-        reads, given = reads[..., None], given.reshape(*given.shape[:-1], channels, outer)
-    stride, *strides = window.strides
-    size, still = [blocks, *others], [0] * len(others)
-    mine = [_cut(given, [j, *still], size, [rows, *[1] * len(others)]) for j in range(rows)]
+    step = [rows, *[1] * len(others)]
+    still = [0] * len(others)
+
+    padded = _padded(x, places, window).astype(wide)
+    along = _columns(padded, places[-1], window)
+    reads = lax.reshape(along, [*along.shape, *[1] * (outer > 1)])
+    given = _pad(ct, [0] * len(places), [p - n for p, n in zip(places, ct.shape[1:])]).astype(wide)
+    given = lax.reshape(given, [*given.shape[:-1], 1, channels, *[outer] * (outer > 1)])
+    given = lax.optimization_barrier(given)
+    mine = [_cut(given, [j, *still], size, step) for j in range(rows)]
+
+    # Places along the last axis were chosen with the columns.
+    strides = [*window.strides[:-1], 1]
     found = []
-    for tap in _taps(window):
-        start, *starts = (t * d for t, d in zip(tap, window.dilation))
-        read = (_cut(reads, [start + j * stride, *starts], size, [rows * stride, *strides]) for j in range(rows))
+    for tap in itertools.product(*map(range, window.taps[:-1])):
+        at = [*(t * d for t, d in zip(tap, window.dilation)), 0]
+        starts = ([at[0] + j * strides[0], *at[1:]] for j in range(rows))
+        terms = [_cut(reads, start, size, [rows * strides[0], *strides[1:]]) * y for start, y in zip(starts, mine)]
         # Without a barrier XLA puts the sum of the rows into the slow one.
-        added = lax.optimization_barrier(_total([a * b for a, b in zip(read, mine)]))
-        found.append(jnp.sum(added, tuple(range(1 + len(size)))).reshape(-1))
-    return jnp.stack(found).reshape(*window.taps, 1, channels * outer).astype(ct.dtype)
+        added = lax.optimization_barrier(_total(terms))
+        found.append(lax.reduce_sum(added, tuple(range(1 + len(size)))))
+    return lax.concatenate(found, 0).reshape(*window.taps, 1, channels * outer).astype(ct.dtype)
+
+
+def _columns(x: Array, places: int, window: Window) -> Array:
+    """x[n, ..., s p + d t, c] as [n, ..., p, t, c]: what the window reads at its places along the last axis."""
+    axis = x.ndim - 2
+    stride, dilation = window.strides[-1], window.dilation[-1]
+    reach = (places - 1) * stride + 1
+    reads = [lax.slice_in_dim(x, t * dilation, t * dilation + reach, stride, axis) for t in range(window.taps[-1])]
+    apart = [lax.expand_dims(read, [axis + 1]) for read in reads]
+    return lax.optimization_barrier(lax.concatenate(apart, axis + 1)) if len(apart) > 1 else apart[0]
 
 
 def _dense_kernel(x: Array, ct: Array, window: Window) -> Array:
@@ -228,16 +247,17 @@ def _depthwise_image(ct: Array, kernel: Array, shape: Sequence[int], window: Win
     *size, channels = shape
     outer = ct.shape[-1] // channels
     wide = _accumulator(ct.dtype)
-    weights = kernel.reshape(*window.taps, channels, outer).astype(wide)
-    given = ct.reshape(*ct.shape[:-1], channels, outer)
-    if outer == 1:
-        weights, given = weights[..., 0], given[..., 0]
+    last = [channels, *[outer] * (outer > 1)]
+    weights = lax.reshape(kernel, [math.prod(window.taps), *[1] * (1 + len(size)), *last]).astype(wide)
+    given = lax.reshape(ct, [*ct.shape[:-1], *last])
+    index = {tap: i for i, tap in enumerate(_taps(window))}
 
     def term(reads: Array, tap: tuple[int, ...], start: Sequence[int], length: Sequence[int]) -> Array:
-        return _cut(reads, start, length, [1] * len(size)).astype(wide) * weights[tap]
+        mine = lax.index_in_dim(weights, index[tap], keepdims=False)
+        return _cut(reads, start, length, [1] * len(size)).astype(wide) * mine
 
     found = _spread(given, size, window, term)
-    return (found if outer == 1 else jnp.sum(found, -1)).astype(ct.dtype)
+    return (found if outer == 1 else lax.reduce_sum(found, (found.ndim - 1,))).astype(ct.dtype)
 
 
 def _dense_image(ct: Array, kernel: Array, shape: Sequence[int], window: Window) -> Array:
