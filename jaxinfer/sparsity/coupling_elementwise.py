@@ -90,9 +90,11 @@ def _leading(core: Callable[[Node], int]) -> Rule:
     return rule
 
 
-def _window(domain: Coupling, node: Node, x: Axes, *rest: Axes) -> list[Axes]:
+def _window(domain: Coupling, node: Node, x: Axes, *rest: Axes) -> Sequence[Axes]:
     """Axes with windows of one element pass; along the others neighbours meet."""
     p = node.params
+    if len(node.avals) != 1:
+        return domain.default(node, x, *rest)
     sides = zip(p["window_dimensions"], p["window_strides"], map(tuple, p["padding"]), p["base_dilation"])
     axes = []
     for vector, side, size in zip(x, sides, node.avals[0].shape):
@@ -125,10 +127,10 @@ RULES: Mapping[str, Rule] = {
         _identity,
     ),
     "reduce_sum": _sum,
-    **_table("argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_xor", _extremum),
+    **_table("argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_xor", _extremum),
     **_table("cumlogsumexp cummax cummin cumprod cumsum top_k", _ordered("axis")),
     "sort": _ordered("dimension"),
-    **_table("reduce_window_max reduce_window_min reduce_window_sum", _window),
+    **_table("reduce_window reduce_window_max reduce_window_min reduce_window_sum", _window),
     **_table("cholesky eigh lu qr svd triangular_solve householder_product", _leading(lambda node: 2)),
     "fft": _leading(lambda node: len(node.params["fft_lengths"])),
     "iota": _new,

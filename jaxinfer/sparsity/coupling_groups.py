@@ -10,10 +10,11 @@ import numpy as np
 
 from jaxinfer import _jax
 from jaxinfer.graph import interpret, trace
+from jaxinfer.graph.retrace import leaf_name
 from jaxinfer.rewriting.fold import fold
 from jaxinfer.sparsity.coupling import Coupling, Work
 from jaxinfer.sparsity.coupling_elementwise import Axes
-from jaxinfer.sparsity.groups import NO_UNIT, Group, Groups, Kind, Member, Product, ProductAxis, leaf_name
+from jaxinfer.sparsity.groups import NO_UNIT, Group, Groups, Kind, Member, Product, ProductAxis
 from jaxinfer.sparsity.units import free, given
 
 Place = tuple[int, int]

@@ -5,6 +5,7 @@ y[b, i, j] = Σ_k x[b, i, k] · w[b, k, j]:    b goes together, k goes together,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,15 +19,42 @@ from jaxinfer.sparsity.units import FREE, GIVEN, Vector, given, is_real
 if TYPE_CHECKING:
     from jaxinfer.sparsity.coupling import Coupling
 
+Pairs = tuple[Sequence[int], Sequence[int]]
+"""Axes of two operands that belong together."""
+
 
 def _dot(domain: Coupling, node: Node, x: Axes, y: Axes) -> Sequence[Axes]:
     contract, batch = node.params["dimension_numbers"]
+    return [_product(domain, node, flops(node) / 2, contract, batch, x, y)]
+
+
+def _ragged(domain: Coupling, node: Node, x: Axes, y: Axes, sizes: Axes) -> Sequence[Axes]:
+    """Rows are multiplied by one matrix of several: which one depends on data, so all of them stay."""
+    d = node.params["ragged_dot_dimension_numbers"]
+    contract, batch = d.dot_dimension_numbers
+    if {*d.lhs_ragged_dimensions} & {*contract[0], *batch[0]}:
+        return domain.default(node, x, y, sizes)
+    for axis in d.rhs_group_dimensions:
+        domain.units.lock(y[axis], "one of several matrices, by data")
+    macs = math.prod(node.aval.shape) * math.prod(node.inputs[0].shape[axis] for axis in contract[0])
+    return [_product(domain, node, macs, contract, batch, x, y, d.rhs_group_dimensions)]
+
+
+def _product(
+    domain: Coupling,
+    node: Node,
+    macs: float,
+    contract: Pairs,
+    batch: Pairs,
+    x: Axes,
+    y: Axes,
+    chosen: Sequence[int] = (),
+) -> Axes:
+    """The axes of a product; ``chosen`` are axes of the second operand of which one index is taken."""
     summed = [_contract(domain, node, (i, j), x[i], y[j]) for i, j in zip(*contract)]
     batched = [domain.units.unify(x[i], y[j], zeroing=True) for i, j in zip(*batch)]
-    rest = [
-        [vector for axis, vector in enumerate(side) if axis not in (*contract[k], *batch[k])]
-        for k, side in enumerate((x, y))
-    ]
+    gone = (*contract[0], *batch[0]), (*contract[1], *batch[1], *chosen)
+    rest = [[v for axis, v in enumerate(side) if axis not in gone[k]] for k, side in enumerate((x, y))]
     if all(any(GIVEN in vector for vector in side) for side in (x, y)):
         # Parameters are not given, so both sides are activations.
         for vector in batched:
@@ -36,8 +64,8 @@ def _dot(domain: Coupling, node: Node, x: Axes, y: Axes) -> Sequence[Axes]:
             for vector in free:
                 domain.units.mark("made", vector)
     axes = tuple(map(_varying, (*batched, *rest[0], *rest[1])))
-    domain.record(node, flops(node) / 2, (*axes, *summed))
-    return [axes]
+    domain.record(node, macs, (*axes, *summed))
+    return axes
 
 
 def _contract(domain: Coupling, node: Node, axes: tuple[int, int], a: Vector, b: Vector) -> Vector:
@@ -80,4 +108,4 @@ def _convolution(domain: Coupling, node: Node, x: Axes, w: Axes) -> Sequence[Axe
     return [tuple(axes)]
 
 
-RULES: Mapping[str, Rule] = {"dot_general": _dot, "conv_general_dilated": _convolution}
+RULES: Mapping[str, Rule] = {"dot_general": _dot, "ragged_dot_general": _ragged, "conv_general_dilated": _convolution}

@@ -105,6 +105,26 @@ def test_einsum_over_two_axes_at_once() -> None:
     assert found == {"4 channel: a.1 b.0", "5 channel: a.2 b.1", "3 input: a.0"}
 
 
+def test_experts_lose_features_and_none_is_lost() -> None:
+    def fun(p: Any, x: Any, counts: Any) -> Any:
+        return lax.ragged_dot(jax.nn.relu(lax.ragged_dot(x, p["a"], counts)), p["b"], counts)
+
+    groups = autoinfer.channel_groups(fun, shaped(a=(5, 3, 4), b=(5, 4, 2)), array(7, 3), array(5, dtype=np.int32))
+    ties = {g.size: {(m.name, m.axis) for m in g.members} for g in groups}
+    assert ties == {3: {("a", 1)}, 4: {("a", 2), ("b", 1)}}
+    assert groups.macs() == 7 * (3 * 4 + 4 * 2)
+
+
+def test_reductions_and_windows_of_any_function() -> None:
+    def fun(p: Any, x: Any) -> Any:
+        h = conv(x, p["a"])
+        h = lax.reduce_window(h, 1.0, lambda a, b: a * b, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        return lax.reduce(h, 1.0, lambda a, b: a * b, (1, 2)) @ p["b"]
+
+    found = tied(fun, shaped(a=(3, 3, 2, 5), b=(5, 4)), array(7, 4, 4, 2))
+    assert found == {"5 channel: a.3 b.0", "2 input: a.2"}
+
+
 # -- what locks -------------------------------------------------------------------------------------------------------
 
 
