@@ -186,12 +186,13 @@ def _modulo(number: int, unsigned: np.dtype) -> Any:
 def _sparse(flat: np.ndarray, enough: int) -> Encoded | None:
     """Positions and values of what is not zero; None where that takes more than ``enough`` bytes in any case."""
     bits = flat.view(_unsigned(flat.dtype))
-    where = np.flatnonzero(bits["f0"] | bits["f1"] if bits.dtype.names else bits)
-    count, size = where.size, flat.size
+    marks = bits["f0"] | bits["f1"] if bits.dtype.names else bits
+    count, size = int(np.count_nonzero(marks)), flat.size
     low = max(0, (size // count).bit_length() - 1) if count else 0
     list_bytes = -(-count * low // 8) + (-(-(count + (size >> low)) // 8) if count else 0)
     if min(list_bytes, -(-size // 8)) + count // 8 > enough:
         return None
+    where = np.flatnonzero(marks)
     values = _dense(flat[where])
     if list_bytes <= -(-size // 8):
         positions: dict[str, Any] = {"kind": "elias-fano", "low": low}

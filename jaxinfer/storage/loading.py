@@ -54,20 +54,20 @@ class _Stored:
             self.name: str = content["name"]
             self.scheme: Any = content["scheme"]
             self.versions: Mapping[str, str] = content["versions"]
-            self.arrays = StoredArrays(container, content["arrays"])
-            entries = content["entries"]
+            platforms = sorted({entry["platform"] for entry in content["entries"]})
+            entries = [entry for entry in content["entries"] if entry["platform"] == platform_now()]
+            used = {name for entry in entries for name in entry["weights"]}
+            self.arrays = StoredArrays(container, {k: v for k, v in content["arrays"].items() if k in used})
             dtypes = [dtype for entry in entries for _, dtype, _ in (*entry["types"], *entry["result_types"])]
-            here = [_Entry(self, entry) for entry in entries if entry["platform"] == platform_now()]
+            dtypes += [content["arrays"][name]["dtype"] for name in used]
+            self.entries = [_Entry(self, entry) for entry in entries]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{container.path} was not written by autoinfer.save: {error!r}") from error
-        if not here:
-            names = ", ".join(sorted({entry["platform"] for entry in entries}))
+        if not entries:
             raise StorageError(
-                f"{container.path} holds programs for {names}, and JAX runs on {platform_now()} here: save it with "
-                f'platforms=[..., "{platform_now()}"]'
+                f"{container.path} holds programs for {', '.join(platforms)}, and JAX runs on {platform_now()} here: "
+                f'save it with platforms=[..., "{platform_now()}"]'
             )
-        self.entries: list[_Entry] = here
-        dtypes += [description["dtype"] for description in content["arrays"].values()]
         if needs_x64(dtypes) and not jax.config.jax_enable_x64:
             raise StorageError(
                 f'{container.path} needs 64-bit types: call jax.config.update("jax_enable_x64", True) at the beginning'
@@ -170,7 +170,8 @@ class _Entry:
 class Loaded:
     """A program from a file. A pytree, whose leaves are its weights.
 
-    Called as the saved function was, it runs the program saved for this kind of call. Made by :func:`load`.
+    Called as the saved function was, it runs the program saved for this kind of call. Made by :func:`load`. It can be
+    called inside ``jit``, and differentiated as often as it was saved for; JAX has no ``vmap`` of exported programs.
     """
 
     def __init__(self, stored: _Stored, arrays: Mapping[str, Any] | None = None):
@@ -200,7 +201,7 @@ class Loaded:
 
     @property
     def arrays(self) -> Mapping[str, Any]:
-        """The weights by name, read when they are asked for."""
+        """The weights of this platform's programs by name, read when they are asked for."""
         return self._arrays
 
     @property

@@ -215,8 +215,8 @@ def _with_symbolic_batch(examples: Sequence[Any], kwargs: dict[str, Any], axes: 
         shape[axis] = size
         return jax.ShapeDtypeStruct(shape, aval.dtype)
 
-    if kwargs:
-        raise StorageError("batch_axes goes with positional examples: give ShapeDtypeStructs of symbolic shape instead")
+    if kwargs or not examples:
+        raise StorageError("batch_axes goes with positional examples: give them, or types of symbolic shape instead")
     if isinstance(axes, int):
         axes = (axes,) * len(examples)
     try:

@@ -263,7 +263,12 @@ def test_symbolic_sizes_of_the_users_own(through):
 
 @pytest.mark.parametrize(
     ("examples", "axes", "message"),
-    [((X, X), (0,), "no prefix"), ((X,), 3, "axis 3 of an argument of shape"), ((X,), {"a": 0}, "no prefix")],
+    [
+        ((), 0, "goes with positional examples"),
+        ((X, X), (0,), "no prefix"),
+        ((X,), 3, "axis 3 of an argument of shape"),
+        ((X,), {"a": 0}, "no prefix"),
+    ],
 )
 def test_batch_axes_that_do_not_fit_are_refused(through, examples, axes, message):
     with pytest.raises(StorageError, match=message):
@@ -313,7 +318,7 @@ def test_what_was_loaded_can_be_saved_again(through, tmp_path):
     assert len(again.arrays) >= 2
 
 
-def test_each_platform_gets_a_program_of_its_own(tmp_path, monkeypatch):
+def test_each_platform_gets_a_program_of_its_own(tmp_path):
     frozen = optimize(chain).freeze(PARAMS)
     want = frozen(X)
     autoinfer.save(frozen, tmp_path / "many", platforms=("tpu", "cuda", "cpu"))

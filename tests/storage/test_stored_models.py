@@ -14,7 +14,7 @@ from jax import export
 from jaxinfer import autoinfer
 from jaxinfer.models.zoo import ZOO, load
 
-QUICK = ("mlp", "cnn", "mobilenetv2", "lstm", "encoder", "two_tower")
+QUICK = ("mlp", "mobilenetv2", "encoder", "two_tower")
 HERE = Path(__file__).parent
 
 
