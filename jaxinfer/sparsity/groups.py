@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from jaxinfer.graph.retrace import leaf_name
 from jaxinfer.report.groups import GroupRow, draw_groups, groups_sheet
 from jaxinfer.report.sheet import Sheet
 
@@ -284,8 +285,3 @@ def _share(axis: ProductAxis, gates: Sequence[Any], xp: Any) -> Any:
 
 def _struct(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """A leaf's key path as text, keys joined by slashes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"

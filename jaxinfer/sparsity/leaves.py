@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import _jax
-from jaxinfer.sparsity.groups import leaf_name
+from jaxinfer.graph.retrace import leaf_name
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,21 +21,20 @@ import numpy as np
 from rich.table import Table
 
 from jaxinfer import _jax
-from jaxinfer.graph import Graph, Node, interpret
+from jaxinfer.analysis.matrices import matrix_of
+from jaxinfer.analysis.weights import Read, Weights, bound, run_on
+from jaxinfer.graph import Node
+from jaxinfer.graph.retrace import Program, Static, is_data, leaf_name, split
 from jaxinfer.search.measure import time_candidates
+from jaxinfer.sparsity.errors import ShrinkError
 from jaxinfer.sparsity.factors import (
     Factors,
     FactorsError,
     Gathering,
     OnFactors,
-    Read,
-    Weights,
     factors_of,
-    matrix_of,
     with_factors,
 )
-from jaxinfer.sparsity.groups import leaf_name
-from jaxinfer.sparsity.retrace import Program, ShrinkError, Static, is_data, split
 
 # A matrix of more rows than this has a Gram matrix too large to decompose in reasonable time.
 _MOST_ROWS = 4608
@@ -146,8 +145,8 @@ class LowRank:
             jax.ShapeDtypeStruct(s, x.left.dtype) if _is_factors(x) else x for s, x in zip(self._program.shapes, values)
         ]
         graph, tree = self._program.trace([*types, *others], static, keep_custom=True)
-        inputs = [Weights(i, x, _same) if _is_factors(x) else x for i, x in enumerate(values)]
-        return jax.tree.unflatten(tree, _results(graph, OnFactors(), [*inputs, *others]))
+        inputs = [Weights.of(i, x) if _is_factors(x) else x for i, x in enumerate(values)]
+        return jax.tree.unflatten(tree, run_on(graph, OnFactors(), [*inputs, *others]))
 
     def explain(self) -> LowRankReport:
         """What became of each parameter, and why."""
@@ -188,7 +187,7 @@ def low_rank(
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     names = [leaf_name(path) for path, leaf in leaves if is_data(leaf)]
     arrays = [leaf for _, leaf in leaves if is_data(leaf)]
-    program = Program(fun, [tuple(np.shape(x)) for x in arrays])
+    program = Program(fun, [tuple(np.shape(x)) for x in arrays], ShrinkError)
     gathered = _gather(program, params, arrays, calibration)
     ranked = {leaf: _Layer(names[leaf], arrays[leaf], *found) for leaf, found in sorted(gathered.items())}
     for layer in ranked.values():
@@ -202,15 +201,6 @@ def low_rank(
 
 def _is_factors(x: Any) -> bool:
     return isinstance(x, Factors)
-
-
-def _same(x: Any) -> Any:
-    return x
-
-
-def _results(graph: Graph, domain: Any, inputs: Sequence[Any]) -> list[Any]:
-    found = map(domain.other, interpret(graph, domain, *inputs))
-    return [_jax.with_aval(x, a) if hasattr(a, "dtype") else x for x, a in zip(found, graph.out_avals)]
 
 
 # -- calibration ------------------------------------------------------------------------------------------------------
@@ -247,8 +237,8 @@ def _gather(
 def _grams(program: Program, static: Static, reads: dict[int, Any], params: Any, others: Any) -> dict[int, Any]:
     graph, _ = program.trace([*params, *others], static, keep_custom=True)
     domain = Gathering(_MOST_ROWS)
-    inputs = [Weights(i, x, _same) if x.ndim > 1 else x for i, x in enumerate(map(jnp.asarray, params))]
-    _results(graph, domain, [*inputs, *others])
+    inputs = [Weights.of(i, x) if x.ndim > 1 else x for i, x in enumerate(map(jnp.asarray, params))]
+    run_on(graph, domain, [*inputs, *others])
     reads.update(domain.reads)
     return domain.grams
 
@@ -308,10 +298,7 @@ class _Layer:
         x = jnp.asarray(rng.normal(size=other.shape), other.dtype)
 
         def whole(x: Any, w: Any) -> Any:
-            operands = [x, w] if self.side else [w, x]
-            return _jax.bind(self.node.primitive, operands, dict(self.node.params.get("_original", self.node.params)))[
-                0
-            ]
+            return bound(self.node, [x, w] if self.side else [w, x])
 
         def thin(x: Any, f: Factors) -> Any:
             return with_factors(self.node, self.side, x, f)

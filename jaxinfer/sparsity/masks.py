@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfer.sparsity.groups import leaf_name
+from jaxinfer.graph.retrace import leaf_name
 
 
 def mask_leaves(params: Any, masks: Any) -> list[np.ndarray | None]:
@@ -34,7 +34,7 @@ def mask_leaves(params: Any, masks: Any) -> list[np.ndarray | None]:
         name = leaf_name(path)
         if at is None:
             raise ValueError(
-                f"masks have nothing for {name}: give it a bool array of shape {np.shape(leaf)}, or None to keep it whole"
+                f"masks have nothing for {name}: give it a bool array of shape {np.shape(leaf)}, or None to keep it"
             )
         used.add(at)
         mask = by_path[at]

@@ -1,166 +1,36 @@
-"""``autoinfer.shrink``: masked slices leave the arrays, and the program is replayed on what is left."""
+"""``autoinfer.shrink``: slices that masks made zero leave the arrays, and the program goes on without them."""
 
 from __future__ import annotations
 
-import functools
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import _jax
-from jaxinfer.graph import Graph
+from jaxinfer.search.measure import time_candidates
+from jaxinfer.sparsity.coupling_groups import channel_groups
 from jaxinfer.sparsity.groups import leaf_name
 from jaxinfer.sparsity.masks import mask_leaves
-from jaxinfer.sparsity.plan import Parameter, decide, uses, whole_parameter, with_slices
-from jaxinfer.sparsity.replay import Replay, replay
-from jaxinfer.sparsity.retrace import Program, ShrinkError, Static, is_data, split
+from jaxinfer.sparsity.planner import Plan, Planner
+from jaxinfer.sparsity.rounding import rounded_up, shapes_of
 from jaxinfer.sparsity.shrink_report import ShrinkReport, leaf_report
-from jaxinfer.sparsity.slices import NONE, Undefined, whole
+from jaxinfer.sparsity.shrink_verify import Difference, difference, drawn
+from jaxinfer.sparsity.small_program import Shrunk
+from jaxinfer.sparsity.whole_program import ShrinkError, WholeProgram, is_data, join_call, split_call
 
-_ROUNDS = 8
+# What "measured" tries, and for how many seconds it times them altogether.
+_MULTIPLES = (1, 4, 8, 16, 32)
+_BUDGET_S = 10.0
+# A larger program has to be faster by this factor.
+_GAIN = 0.97
 
 
 class ShrinkWarning(UserWarning):
-    """Less could be taken away than the masks allow."""
-
-
-class Shrunk:
-    """A program without the slices that masks removed; called like the whole one, with the small parameters.
-
-    It is traced anew for each kind of arguments, so it takes any batch size the whole program takes.
-
-    Attributes:
-        masks: the masks of the small parameters, None where all is kept: what is masked but could not go.
-        report: what went and what stayed.
-    """
-
-    def __init__(self, program: Program, parameters: Sequence[Parameter], masks: Any, report: ShrinkReport):
-        self._program = program
-        self._parameters = tuple(parameters)
-        self._jit = jax.jit(self._run, static_argnums=1)
-        self.masks = masks
-        self.report = report
-        functools.update_wrapper(self, program.fun, updated=())
-
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        arrays, static = split((params, args, kwargs))
-        self._check(params)
-        try:
-            return self._jit(arrays, static)
-        except Undefined as error:
-            raise ShrinkError(
-                f"for arguments of these shapes the program needs {error}, which was left out as nothing depended on it "
-                "in the call it was shrunk for: shrink it with such arguments"
-            ) from error
-
-    def explain(self) -> str:
-        """What went, what stayed and why, as a table."""
-        return str(self.report)
-
-    def _check(self, params: Any) -> None:
-        leaves = [x for x in jax.tree.leaves(params) if is_data(x)]
-        if len(leaves) != len(self._parameters):
-            raise ValueError(f"expected {len(self._parameters)} arrays of parameters, got {len(leaves)}")
-        for p, x in zip(self._parameters, leaves):
-            if tuple(np.shape(x)) != p.small:
-                whole = ": these are the parameters of the whole program" if tuple(np.shape(x)) == p.shape else ""
-                raise ValueError(f"{p.name} has shape {tuple(np.shape(x))}, expected {p.small}{whole}")
-
-    def _run(self, arrays: Sequence[Any], static: Static) -> Any:
-        graph, tree = self._program.trace(arrays, static, keep_custom=True)
-        return jax.tree.unflatten(tree, _replayed(graph, Replay(), self._parameters, arrays))
-
-
-def _replayed(graph: Graph, domain: Replay, parameters: Sequence[Parameter], arrays: Sequence[Any]) -> list[Any]:
-    count = len(parameters)
-    values = [p.value(jnp.asarray(x), i) for i, (p, x) in enumerate(zip(parameters, arrays))]
-    others = [whole(jnp.asarray(x)) if _is_plain(n.aval) else x for x, n in zip(arrays[count:], graph.inputs[count:])]
-    return replay(graph, domain, [*values, *others])
-
-
-def _is_plain(aval: Any) -> bool:
-    return isinstance(getattr(aval, "dtype", None), np.dtype)
-
-
-@dataclass
-class _Plan:
-    """Slices that go, found so that no parameter is put together again where it is read."""
-
-    parameters: list[Parameter]
-    domain: Replay
-    remarks: list[str]
-
-
-class _Planner:
-    """Finds which slices go.
-
-    Args:
-        program: the whole program.
-        arrays: a call's arguments, parameters first.
-        static: the rest of the call.
-        names: of the parameters.
-        masks: of the parameters.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        arrays: Sequence[Any],
-        static: Static,
-        names: Sequence[str],
-        masks: Sequence[np.ndarray | None],
-    ):
-        self.count = len(masks)
-        self.masks = masks
-        self.values = [_masked(x, m) for x, m in zip(arrays, masks)]
-        self.whole = [whole_parameter(n, x, m) for n, x, m in zip(names, self.values, masks)]
-        self.avals = [_jax.abstract(x) for x in arrays]
-        graph, self.tree = program.trace(arrays, static, keep_custom=False)
-        self.uses = uses(graph, masks)
-        self.graph, _ = program.trace(arrays, static, keep_custom=True)
-
-    def plan(self, stays: Sequence[Sequence[np.ndarray]] | None = None) -> _Plan:
-        """The slices that go, of which some are to stay in any case."""
-        kept = [[NONE] * len(p.shape) for p in self.whole] if stays is None else [list(s) for s in stays]
-        remarks: list[str] = []
-        only_masked = False
-        for _ in range(_ROUNDS):
-            parameters = [
-                decide(p, v, m, now, before, stays=k, only_masked=only_masked)
-                for p, v, m, now, before, k in zip(
-                    self.whole, self.values, self.masks, self.uses.now, self.uses.before, kept
-                )
-            ]
-            domain = Replay()
-            try:
-                self._walk(domain, parameters)
-            except Undefined as error:
-                if only_masked:
-                    raise
-                remarks.append(f"slices that seemed unused stay, as {error} are needed")
-                only_masked = True
-                continue
-            if not domain.expanded:
-                return _Plan(parameters, domain, remarks)
-            for (leaf, axis), indices in domain.expanded.items():
-                kept[leaf] = list(with_slices(kept[leaf], {axis: indices}))
-        return _Plan(parameters, domain, remarks)
-
-    def _walk(self, domain: Replay, parameters: Sequence[Parameter]) -> None:
-        def run(*arrays: Any) -> list[Any]:
-            return _replayed(self.graph, domain, parameters, arrays)
-
-        small = [jax.ShapeDtypeStruct(p.small, a.dtype) for p, a in zip(parameters, self.avals)]
-        jax.eval_shape(run, *small, *map(_jax.to_struct, self.avals[self.count :]))
-
-
-def _masked(x: Any, mask: np.ndarray | None) -> np.ndarray:
-    array = np.asarray(x)
-    return array if mask is None else np.where(mask, array, np.zeros((), array.dtype))
+    """Less was taken away than the masks allow."""
 
 
 def shrink(
@@ -168,54 +38,155 @@ def shrink(
     params: Any,
     masks: Any,
     *args: Any,
-    multiple_of: int = 1,
+    multiple_of: int | Literal["measured"] = 1,
     verify: bool = True,
     **kwargs: Any,
 ) -> tuple[Shrunk, Any]:
     """Takes what masks made zero out of the arrays of a program.
 
+    A slice of a parameter (a row, a channel, a head) goes when all of it is masked, when what reads it is masked, or
+    when masks cut what it is part of off from the inputs. What such a channel still contributes, a bias through an
+    activation for one, becomes a constant of the small program. Masks may be any: what cannot go stays, with its zeros.
+
     Args:
         fun: a function of a tree of parameters and further arguments.
-        params: the parameters; arrays, not tracers.
+        params: the parameters: arrays, not tracers.
         masks: a tree like ``params`` of bool arrays of their shapes, True where an entry is kept. None in place of a
-            leaf, or of all below it, keeps it whole.
-        *args: further arguments of a call, or their types (``jax.ShapeDtypeStruct``).
-        multiple_of: round numbers of kept units up to multiples of this.
-        verify: compare with the masked program.
+            leaf, or of everything below it, keeps it whole.
+        *args: further arguments of a call, or their types (``jax.ShapeDtypeStruct``). A small batch will do.
+        multiple_of: round the numbers of units that groups of channels keep up to multiples of this; ``"measured"``
+            times some and takes the fastest.
+        verify: compare with the masked program on the given arguments (random ones in place of types): in float64 to
+            1e-9 of the largest result, in float32 to 1e-5.
         **kwargs: further arguments by name.
 
     Returns:
-        The small program and its parameters, a tree like ``params`` with smaller arrays. ``small(small_params, *args)``
-        computes what ``fun`` does of the masked parameters, at any batch size.
+        The small program, and its parameters: a tree like ``params`` with smaller arrays.
+        ``small(small_params, *args)`` computes what ``fun`` computes of the masked parameters, at any batch size. Where
+        the masked program multiplies a NaN or an infinity by a masked zero, the small program need not be NaN.
 
     Raises:
-        ValueError: if masks do not fit the parameters, or leave nothing that depends on the inputs.
+        ValueError: if masks do not fit the parameters, or cut all results off from the inputs.
         TypeError: if masks are not bool.
+        ShrinkError: if the program uses Refs, or the small program does not agree with the masked one.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from jaxinfer import autoinfer
+        >>> def mlp(params, x):
+        ...     return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]
+        >>> params = {"w": jnp.ones((3, 8)), "b": jnp.ones(8), "v": jnp.ones((8, 2))}
+        >>> keep = np.arange(8) < 5
+        >>> masks = {"w": np.tile(keep, (3, 1)), "b": keep, "v": None}
+        >>> small, small_params = autoinfer.shrink(mlp, params, masks, jnp.ones((4, 3)))
+        >>> small_params["v"].shape
+        (5, 2)
     """
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    flags = mask_leaves(params, masks)
-    names = [leaf_name(path) for (path, leaf) in leaves if is_data(leaf)]
-    flags = [m for (_, leaf), m in zip(leaves, flags) if is_data(leaf)]
-    arrays, static = split((params, args, kwargs))
-    program = Program(fun, [tuple(np.shape(x)) for x in arrays[: len(flags)]])
-    planner = _Planner(program, arrays, static, names, flags)
-    plan = planner.plan()
-    tree = jax.tree.structure(params)
-    del tree
-    treedef = jax.tree.structure(params)
+    if multiple_of != "measured" and (not isinstance(multiple_of, int) or multiple_of < 1):
+        raise ValueError(f"multiple_of={multiple_of!r}: use a whole number from 1, or 'measured'")
+    work = _Work(fun, params, masks, args, kwargs)
+    if multiple_of == "measured":
+        plan, chosen = work.fastest()
+    else:
+        plan, chosen = work.rounded(multiple_of), multiple_of
+    if not verify:
+        return work.result(plan, chosen, None)
+    found = work.compare(plan)
+    if not found.passed:
+        plan = replace(
+            work.planner.plan(only_masked=True),
+            remarks=(f"only slices that are masked altogether went: without others {found}",),
+        )
+        warnings.warn(f"{plan.remarks[0]}; the masked program is kept so much", ShrinkWarning, stacklevel=2)
+        found, chosen = work.compare(plan), 1
+    if not found.passed:
+        raise ShrinkError(f"the small program does not agree with the masked one: {found}")
+    return work.result(plan, chosen, found.relative)
 
-    def rebuilt(values: Sequence[Any]) -> Any:
+
+class _Work:
+    """A call of :func:`shrink`."""
+
+    def __init__(self, fun: Callable[..., Any], params: Any, masks: Any, args: Any, kwargs: Any):
+        flat = jax.tree_util.tree_flatten_with_path(params)[0]
+        flags = [m for m, (_, leaf) in zip(mask_leaves(params, masks), flat) if is_data(leaf)]
+        names = [leaf_name(path) for path, leaf in flat if is_data(leaf)]
+        self.fun, self.params, self.args, self.kwargs = fun, params, args, kwargs
+        self.flags = flags
+        self.arrays, self.structure = split_call((params, args, kwargs))
+        self.program = WholeProgram(fun, [tuple(np.shape(x)) for x in self.arrays[: len(flags)]])
+        self.planner = Planner(self.program, self.arrays, self.structure, names, flags)
+        self.planner.check()
+
+    def rounded(self, multiple_of: int) -> Plan:
+        """The slices that go when groups keep multiples of a number of units."""
+        plan = self.planner.plan()
+        if multiple_of == 1:
+            return plan
+        call = self.fun if not self.kwargs else lambda p, *xs: self.fun(p, *xs, **self.kwargs)
+        groups = channel_groups(call, self.params, *self.args)
+        return self.planner.plan(rounded_up(plan.parameters, groups, multiple_of))
+
+    def fastest(self) -> tuple[Plan, int]:
+        """The plan that measures fastest, and its multiple."""
+        plans: dict[Any, tuple[Plan, int]] = {}
+        for multiple in _MULTIPLES:
+            plan = self.rounded(multiple)
+            plans.setdefault(shapes_of(plan.parameters), (plan, multiple))
+        candidates = list(plans.values())
+        inputs = self._inputs()
+        calls = [self._timed(plan, inputs) for plan, _ in candidates]
+        seconds = time_candidates(calls, budget_s=_BUDGET_S)
+        best = 0
+        for i in range(1, len(candidates)):
+            if seconds[i] < _GAIN * seconds[best]:
+                best = i
+        return candidates[best]
+
+    def _timed(self, plan: Plan, inputs: Sequence[Any]) -> Callable[[], Any]:
+        small, small_params = self.result(plan, 1, None)
+        arrays, _ = split_call(small_params)
+        _, args, kwargs = join_call([*arrays, *inputs], self.structure)
+        return lambda: small(small_params, *args, **kwargs)
+
+    def _inputs(self) -> list[Any]:
+        return [drawn(x, i) for i, x in enumerate(self.arrays[len(self.flags) :])]
+
+    def compare(self, plan: Plan) -> Difference:
+        """How far the small program's results are from the masked program's."""
+        small, small_params = self.result(plan, 1, None)
+        inputs = self._inputs()
+
+        def masked(arrays: Sequence[Any]) -> Any:
+            params, args, kwargs = join_call(arrays, self.structure)
+            return self.fun(params, *args, **kwargs)
+
+        _, args, kwargs = join_call([*self.planner.values, *inputs], self.structure)
+        return difference(
+            jax.jit(masked), [*map(_array, self.planner.values), *inputs], lambda: small(small_params, *args, **kwargs)
+        )
+
+    def result(self, plan: Plan, multiple_of: int, error: float | None) -> tuple[Shrunk, Any]:
+        """The small program and its parameters."""
+        pairs = list(zip(plan.parameters, self.flags))
+        left = [None if m is None or p.taken(m).all() else p.taken(m) for p, m in pairs]
+        report = ShrinkReport(
+            tuple(leaf_report(p, m) for p, m in pairs),
+            plan.rejoined,
+            sum(p.fill.nbytes for p in plan.parameters if np.any(p.fill)),
+            multiple_of,
+            error,
+            plan.remarks,
+        )
+        taken = [jnp.asarray(p.taken(v)) if p.is_plain else v for p, v in zip(plan.parameters, self.planner.values)]
+        return Shrunk(self.program, plan.parameters, self._tree(left), report), self._tree(taken)
+
+    def _tree(self, values: Sequence[Any]) -> Any:
+        """A tree like the parameters, with other values in place of their arrays."""
+        leaves, tree = jax.tree.flatten(self.params)
         rest = iter(values)
-        return jax.tree.unflatten(treedef, [next(rest) if is_data(leaf) else leaf for _, leaf in leaves])
+        return jax.tree.unflatten(tree, [next(rest) if is_data(leaf) else leaf for leaf in leaves])
 
-    small = rebuilt([jnp.asarray(p.taken(v)) for p, v in zip(plan.parameters, planner.values)])
-    left = rebuilt([None if m is None or p.taken(m).all() else p.taken(m) for p, m in zip(plan.parameters, flags)])
-    report = ShrinkReport(
-        tuple(leaf_report(p, m) for p, m in zip(plan.parameters, flags)),
-        {f"{op} ({line})" if line else op: n for (op, line), n in plan.domain.notes.items()},
-        sum(p.fill.nbytes for p in plan.parameters if np.any(p.fill)),
-        multiple_of,
-        None,
-        tuple(plan.remarks),
-    )
-    return Shrunk(program, plan.parameters, left, report), small
+
+def _array(x: Any) -> Any:
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
