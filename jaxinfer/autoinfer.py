@@ -17,9 +17,12 @@ from jaxinfer.sparsity.low_rank import low_rank
 from jaxinfer.sparsity.magnitude import Magnitude, StraightThrough, Taylor
 from jaxinfer.sparsity.result import Diverged, Learned
 from jaxinfer.sparsity.schedule import Cubic
+from jaxinfer.sparsity.shrink import ShrinkWarning, shrink
+from jaxinfer.sparsity.small_program import Shrunk
 from jaxinfer.sparsity.target import Target, TargetError
 from jaxinfer.sparsity.transformation import prune_updates
 from jaxinfer.sparsity.wanda import Wanda
+from jaxinfer.sparsity.whole_program import ShrinkError
 from jaxinfer.storage import Loaded, StorageError, load, save
 
 __all__ = [
@@ -38,6 +41,9 @@ __all__ = [
     "Optimized",
     "Rule",
     "RuleError",
+    "ShrinkError",
+    "ShrinkWarning",
+    "Shrunk",
     "StorageError",
     "StraightThrough",
     "Target",
@@ -58,6 +64,7 @@ __all__ = [
     "optimize",
     "prune_updates",
     "save",
+    "shrink",
     "value_and_grad",
     "vjp",
 ]

@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jax import lax
+
 from jaxinfer.analysis.structure import ELEMENTWISE, is_static
 from jaxinfer.graph import Node, Value
 
@@ -210,8 +212,10 @@ def _gather(node: Node, blocks: int) -> Ways:
     d, shape = node.params["dimension_numbers"], node.inputs[0].shape
     rows = [a for a in range(len(node.aval.shape)) if a not in d.offset_dims]
     windows = [a for a in range(len(shape)) if a not in (*d.collapsed_slice_dims, *d.operand_batching_dims)]
+    # A start along an axis that is taken whole is clamped to 0, or promised to be 0.
+    settled = node.params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
     for axis, place in zip(windows, d.offset_dims, strict=True):
-        if axis not in d.start_index_map and node.params["slice_sizes"][axis] == shape[axis]:
+        if (settled or axis not in d.start_index_map) and node.params["slice_sizes"][axis] == shape[axis]:
             yield Way((axis, None), (place,))
     # The index vectors lie along the last axis of the indices.
     for axis, place in enumerate(rows):

@@ -28,8 +28,8 @@ from jaxinfer.sparsity.slices_moves import segments
 
 # Zero where all operands are.
 _ZERO_STAYS = frozenset(
-    "abs add add_any and asin asinh atan atanh bessel_i1e cbrt ceil clamp complex conj convert_element_type copy copy_p "
-    "erf erf_inv expm1 floor gt imag integer_pow log1p lt max min mul name ne neg or "
+    "abs add add_any and asin asinh atan atanh bessel_i1e cbrt ceil clamp complex conj convert_element_type copy "
+    "copy_p erf erf_inv expm1 floor gt imag integer_pow log1p lt max min mul name ne neg or "
     "population_count real reduce_precision round select_n shift_left shift_right_arithmetic shift_right_logical sign "
     "sin sinh sqrt square stop_gradient sub tan tanh xor".split()
 )
@@ -312,9 +312,7 @@ def _meet(a: np.ndarray, of_a: Letters, b: np.ndarray, of_b: Letters, out: Lette
     for letters, table in ((of_a, a), (of_b, b)):
         for letter, n in zip(letters, table.shape):
             sizes[letter] = max(n, sizes.get(letter, 1)) if n else 0
-    x, y = (
-        np.broadcast_to(t, [sizes[c] for c in letters]).astype(np.float32) for t, letters in ((a, of_a), (b, of_b))
-    )
+    x, y = (np.broadcast_to(t, [sizes[c] for c in letters]).astype(np.float32) for t, letters in ((a, of_a), (b, of_b)))
     return np.einsum(x, list(of_a), y, list(of_b), list(out), optimize=True) > 0
 
 
@@ -334,18 +332,12 @@ def product_need(x: Kinds, of_x: Letters, w: Kinds, of_w: Letters, need: Needs, 
 
     A term whose other factor is frozen stays alive only through an operand that is dynamic.
     """
-    at = {c: n for c, n in zip(of_x, x.shape)}
-    of_need = [n for n in out]
 
     def through(level: int, other: np.ndarray) -> np.ndarray:
-        there = need >= level
-        missing = [c for c in of_x if c not in of_need and c not in of_w]
-        assert not missing
-        return _meet(there, of_need, other, of_w, of_x)
+        return _meet(need >= level, out, other, of_w, of_x)
 
     alive = through(2, (w > ZERO) & (w != FROZEN)) | (through(2, w == FROZEN) & (x == DYNAMIC))
     number = through(1, w > ZERO)
-    del at
     return np.where(alive, 2, np.where(number, NUMBER, 0)).astype(np.uint8)
 
 

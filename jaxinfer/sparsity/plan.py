@@ -53,6 +53,11 @@ class Parameter:
         return tuple(without(n, r) if r.size else None for n, r in zip(self.shape, self.removed))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is an array of numbers, of which slices can go (a random key is not)."""
+        return self.fill.dtype != object
+
+    @property
     def small(self) -> tuple[int, ...]:
         """Its shape in the small program."""
         return tuple(n - len(r) for n, r in zip(self.shape, self.removed))
@@ -76,7 +81,8 @@ def whole_parameter(name: str, array: Any, mask: np.ndarray | None) -> Parameter
     """A parameter none of which goes."""
     none = (NONE,) * np.ndim(array)
     masked = 0 if mask is None else int((~mask).sum())
-    return Parameter(name, np.shape(array), masked, none, none, none, np.zeros((1,) * np.ndim(array)))
+    fill = np.zeros((1,) * np.ndim(array), array.dtype if isinstance(array, np.ndarray) else object)
+    return Parameter(name, tuple(np.shape(array)), masked, none, none, none, fill)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +180,4 @@ def _there(shape: Sequence[int], gone: Sequence[Indices]) -> np.ndarray:
 
 def with_slices(stays: Sequence[Indices], more: dict[int, set[int]]) -> tuple[Indices, ...]:
     """Slices that stay, and more of them by axis."""
-    return tuple(
-        merged(s, np.array(sorted(more[a]), np.int64)) if more.get(a) else s for a, s in enumerate(stays)
-    )
+    return tuple(merged(s, np.array(sorted(more[a]), np.int64)) if more.get(a) else s for a, s in enumerate(stays))

@@ -64,7 +64,7 @@ class Replay(Emit):
 
     def constant(self, node: Node) -> Any:
         value = node.value
-        if not is_static(Value(node, 0)) or not hasattr(value, "dtype") and not np.isscalar(value):
+        if not is_static(Value(node, 0)) or not (hasattr(value, "dtype") or np.isscalar(value)):
             return value
         if not _jax.is_concrete(value) or math.prod(np.shape(value)) > LARGEST_KNOWN:
             return whole(value) if hasattr(value, "dtype") else value

@@ -258,9 +258,8 @@ def part(
             masks[axis] = inside
             if np.shape(fill)[axis] == size:
                 fill = picked(fill, want, axis, x.fill_known)
-        elif masks or not x.is_whole:
-            if np.shape(fill)[axis] == size and size > 1:
-                fill = picked(fill, want, axis, x.fill_known)
+        elif not x.is_whole and np.shape(fill)[axis] == size and size > 1:
+            fill = picked(fill, want, axis, x.fill_known)
         if keep.size:
             # What is missing is read from somewhere and replaced below.
             places = np.minimum(np.searchsorted(keep, want), len(keep) - 1)

@@ -102,11 +102,15 @@ def joined(a: Form, b: Form) -> Form:
     for axis in range(len(a.shape)):
         only = np.setdiff1d(a.void[axis], b.void[axis])
         if only.size and not np.array_equal(a.fill, b.fill):
-            shape = [n if i == axis else max(s) for i, (n, s) in enumerate(zip(a.shape, zip(a.fill.shape, b.fill.shape)))]
+            shape = [
+                n if i == axis else max(s) for i, (n, s) in enumerate(zip(a.shape, zip(a.fill.shape, b.fill.shape)))
+            ]
             fill, other = np.broadcast_to(fill, shape).copy(), np.broadcast_to(b.fill, shape)
             place = (slice(None),) * axis + (only,)
             fill[place] = other[place]
-    return Form(a.shape, tuple(k if k is None or len(k) < n else None for k, n in zip(keep, a.shape)), fill, tuple(void))
+    return Form(
+        a.shape, tuple(k if k is None or len(k) < n else None for k, n in zip(keep, a.shape)), fill, tuple(void)
+    )
 
 
 def _at(form: Form, axis: int, index: int) -> np.ndarray:
@@ -224,9 +228,7 @@ def scan(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
 
     init = [array_in(c, f) for c, f in zip(carry, forms)]
     init = list(map(_typed, init, [n.aval for n in graph.inputs[consts : consts + carries]]))
-    last, ys = jax.lax.scan(
-        step, tuple(init), tuple(xs), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
-    )
+    last, ys = jax.lax.scan(step, tuple(init), tuple(xs), length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
     stacked = [y if f is None else _stacked(f, p["length"]).value(y) for f, y in zip(out, ys)]
     return [*(_value(f, a) for f, a in zip(forms, last)), *stacked]
 
@@ -288,7 +290,9 @@ def cond(domain: Any, node: Node, index: Any, *inputs: Any) -> Sequence[Any]:
     forms: list[Form | None] | None = None
     for body in bodies:
         found = body.forms([], [])
-        forms = found if forms is None else [a if a is None or b is None else joined(a, b) for a, b in zip(forms, found)]
+        forms = (
+            found if forms is None else [a if a is None or b is None else joined(a, b) for a, b in zip(forms, found)]
+        )
     assert forms is not None
     chosen = forms
 

@@ -195,13 +195,8 @@ def _together(arrays: Sequence[Any], known: bool) -> list[Any]:
     return [spread(a, shape, known) if len(a.shape) else on.asarray(a) for a in arrays]
 
 
-RULES: Mapping[str, Rule] = {
-    name: elementwise
-    for name in (
-        *ELEMENTWISE,
-        *(
-            "add_any clamp complex copy copy_p igamma igammac name polygamma regularized_incomplete_beta select_n "
-            "stop_gradient zeta"
-        ).split(),
-    )
-}
+_OTHERS = (
+    "add_any clamp complex copy copy_p igamma igammac name polygamma regularized_incomplete_beta select_n "
+    "stop_gradient zeta"
+)
+RULES: Mapping[str, Rule] = dict.fromkeys((*ELEMENTWISE, *_OTHERS.split()), elementwise)

@@ -17,7 +17,6 @@ from jaxinfer.sparsity.slices import (
     NONE,
     Indices,
     Sliced,
-    Undefined,
     apply,
     common,
     dense,
@@ -206,9 +205,7 @@ def _moved(x: Sliced, left: Sequence[int], sizes: Sequence[int]) -> list[tuple[I
         return [(None, NONE, False)] * len(sizes)
     kept, void = _flat(x, left)
     table = void.reshape(sizes)
-    rows = [
-        np.flatnonzero(table.all(axis=tuple(j for j in range(len(sizes)) if j != i))) for i in range(len(sizes))
-    ]
+    rows = [np.flatnonzero(table.all(axis=tuple(j for j in range(len(sizes)) if j != i))) for i in range(len(sizes))]
     return [(k, np.setdiff1d(v, k), False) for k, v in zip(_box(kept, sizes), rows)]
 
 
@@ -348,8 +345,7 @@ def _joined_fill(
         return None, True
     sizes = [max(n) for n in zip(*(a.shape for a in arrays))]
     full = [
-        np.broadcast_to(a, [x.shape[axis] if i == axis else n for i, n in enumerate(sizes)])
-        for a, x in zip(arrays, xs)
+        np.broadcast_to(a, [x.shape[axis] if i == axis else n for i, n in enumerate(sizes)]) for a, x in zip(arrays, xs)
     ]
     return np.concatenate(full, axis), True
 
@@ -378,6 +374,20 @@ def split(domain: Any, node: Node, x: Sliced) -> Sequence[Any]:
     return found
 
 
+def unstack(domain: Any, node: Node, x: Sliced) -> Sequence[Any]:
+    """The slices along an axis, one by one."""
+    axis = node.params["axis"]
+    x = domain.full(x, axis)
+    source = [a for a in range(x.rank) if a != axis]
+    found = []
+    for i, aval in enumerate(node.avals):
+        array = picked_any(x.array, np.array([i]), axis, x.known)
+        fill = x.fill if np.shape(x.fill)[axis] == 1 else picked_any(x.fill, np.array([i]), axis, x.fill_known)
+        stored, filled = ([n for a, n in enumerate(np.shape(t)) if a != axis] for t in (array, fill))
+        found.append(reordered(x, aval.shape, source, array.reshape(stored), fill.reshape(filled)))
+    return found
+
+
 RULES: Mapping[str, Rule] = {
     "broadcast_in_dim": broadcast,
     "concatenate": concatenate,
@@ -388,4 +398,5 @@ RULES: Mapping[str, Rule] = {
     "split": split,
     "squeeze": reshape,
     "transpose": transpose,
+    "unstack": unstack,
 }

@@ -179,7 +179,7 @@ def _constant(
     if not any(s.constant.size for s in sums_x.values()):
         return None
     known = x.fill_known and w.fill_known
-    (cx, cw), (bx, bw) = node.params["dimension_numbers"]
+    _, (bx, bw) = node.params["dimension_numbers"]
     parts = []
     for y, sums in ((x, sums_x), (w, sums_w)):
         fill = y.fill
@@ -254,7 +254,7 @@ def _convolved(
     groups: int = 1,
 ) -> Any:
     """The convolution of what is left; zeros where there is nothing to sum."""
-    lhs, rhs, out = node.params["dimension_numbers"]
+    lhs, _, out = node.params["dimension_numbers"]
     left, right = part(x, wanted_x, repeat=True, log=log), part(w, wanted_w, log=log)
     shape = [n if k is None else len(k) for n, k in zip(node.aval.shape, keep)]
     shape[out[0]] = left.shape[lhs[0]]
@@ -293,8 +293,6 @@ def _grouped(domain: Any, node: Node, x: Sliced, w: Sliced) -> Sequence[Any]:
     lhs, rhs, out = node.params["dimension_numbers"]
     groups, wide = node.params["feature_group_count"], x.shape[lhs[1]] // node.params["feature_group_count"]
     deep = w.shape[rhs[0]] // groups
-    if wide > 1:
-        w = domain.full(w, rhs[1])
     gone_in, gone_out = x.removed(lhs[1]), w.removed(rhs[0])
     # Of a group, everything that comes in or everything that goes out is missing.
     lost = {
@@ -310,10 +308,9 @@ def _grouped(domain: Any, node: Node, x: Sliced, w: Sliced) -> Sequence[Any]:
     known = np.setdiff1d(lost["known"], merged(zero, void))
     if known.size and not (x.fill_known and w.fill_known):
         known = NONE
-    if w.keep[rhs[1]] is not None:
-        w = domain.full(w, rhs[1])
     kept = without(groups, merged(zero, void, known))
-    channels_in = _members(kept, wide)
+    inner = _inner(x, lhs[1], w, rhs[1], kept, wide)
+    channels_in = (kept[:, None] * wide + inner).ravel()
     channels_out, void_out = _outputs(w, rhs[0], kept, deep)
     count = node.aval.shape[out[1]]
     keep: list[Indices | None] = [None] * len(node.aval.shape)
@@ -321,7 +318,14 @@ def _grouped(domain: Any, node: Node, x: Sliced, w: Sliced) -> Sequence[Any]:
     voids = [NONE] * len(keep)
     voids[out[1]] = merged(_members(void, deep), void_out)
     array = _convolved(
-        node, x, w, {lhs[1]: channels_in}, {rhs[0]: channels_out}, keep, domain.log, groups=max(len(kept), 1)
+        node,
+        x,
+        w,
+        {lhs[1]: channels_in},
+        {rhs[0]: channels_out, rhs[1]: inner},
+        keep,
+        domain.log,
+        groups=max(len(kept), 1),
     )
     repeated = [False] * len(keep)
     repeated[out[0]] = x.repeated[lhs[0]]
@@ -338,6 +342,14 @@ def _whole_groups(indices: Indices, each: int, groups: int) -> Indices:
 
 def _members(groups: Indices, each: int) -> Indices:
     return (groups[:, None] * each + np.arange(each)).ravel()
+
+
+def _inner(x: Sliced, a: int, w: Sliced, b: int, kept: Indices, wide: int) -> Indices:
+    """Which channels of each kept group count: those that are not zero in all of them, nor in the kernel."""
+    zero = np.zeros(x.shape[a], bool)
+    zero[x.zero_at(a)] = True
+    everywhere = np.flatnonzero(zero.reshape(-1, wide)[kept].all(axis=0)) if kept.size else NONE
+    return without(wide, merged(everywhere, w.zero_at(b)))
 
 
 def _outputs(w: Sliced, axis: int, kept: Indices, deep: int) -> tuple[Indices, Indices]:

@@ -54,11 +54,10 @@ def reduction(domain: Any, node: Node, x: Sliced) -> Sequence[Any]:
     others = [a for a in range(x.rank) if a not in axes]
     x = _spread_repeated(x, axes)
     fill, fill_known = _fill(node, x, axes, others)
-    if any(x.keep[a] is not None for a in others) and not fill_known:
-        if any(np.shape(fill)[i] > 1 and x.keep[a] is not None for i, a in enumerate(others)):
-            for a in others:
-                x = domain.full(x, a)
-            fill, fill_known = None, True
+    if not fill_known and any(np.shape(fill)[i] > 1 and x.keep[a] is not None for i, a in enumerate(others)):
+        for a in others:
+            x = domain.full(x, a)
+        fill, fill_known = None, True
     known = x.known and x.array.size <= LARGEST_KNOWN and (fill_known or x.is_whole)
     (array,) = apply(node, [x.array], known)
     if short and not (node.op == "reduce_sum" and x.is_zero):
@@ -103,9 +102,19 @@ def _missing_slices(node: Node, x: Sliced, axis: int, axes: Sequence[int], other
 
 # Where all operands are zero, so are the results.
 _ZERO_STAYS = frozenset(
-    "cumsum cummax cummin cumprod dynamic_slice dynamic_update_slice fft gather rev scatter scatter-add scatter-max "
-    "scatter-min scatter-mul scatter-sub sort stack tile transpose unstack".split()
+    "cumsum cummax cummin cumprod dynamic_slice dynamic_update_slice fft gather reduce_window_sum rev scatter "
+    "scatter-add scatter-max scatter-min scatter-mul scatter-sub sort stack tile transpose unstack".split()
 )
+
+
+def _stays_zero(node: Node) -> bool:
+    """Whether an operation of zeros is zero."""
+    if node.op in ("reduce_window_max", "reduce_window_min"):
+        # Every window holds something besides padding.
+        p = node.params
+        plain = all(d == 1 for d in (*p["base_dilation"], *p["window_dilation"]))
+        return plain and all(max(pads) < size for pads, size in zip(p["padding"], p["window_dimensions"]))
+    return node.op in _ZERO_STAYS
 
 
 def along(domain: Any, node: Node, *xs: Any) -> Sequence[Any]:
@@ -117,20 +126,22 @@ def along(domain: Any, node: Node, *xs: Any) -> Sequence[Any]:
         return domain.plainly(node, *xs)
     xs = tuple(_unstored(x) for x in xs)
     found = _missing_ways(node, xs)
-    if len(found) > 1 and not (node.op in _ZERO_STAYS and _all_zero(xs, found)):
+    if len(found) > 1 and not (_stays_zero(node) and _all_zero(xs, found)):
         found = found[:1]
     if not found:
         return domain.plainly(node, *xs)
     removal = [_removal(way, xs) for way in found]
     params, arrays = node.params, list(xs)
-    on_way = {(i, a): gone for way, (gone, _) in zip(found, removal) for i, a in enumerate(way.operands) if a is not None}
+    on_way = {
+        (i, a): gone for way, (gone, _) in zip(found, removal) for i, a in enumerate(way.operands) if a is not None
+    }
     for way, (gone, _) in zip(found, removal):
         n = node.avals[0].shape[way.results[0]]
         params = resized(replace(node, params=params), way, n, n - len(gone))
     for i, x in enumerate(xs):
         wanted = {a: kept_or_none(x.shape[a], on_way.get((i, a), NONE)) for a in range(x.rank)}
         arrays[i] = part(x, wanted, log=domain.log)
-    with_zero = node.op in _ZERO_STAYS and _all_zero(xs, found)
+    with_zero = _stays_zero(node) and _all_zero(xs, found)
     fills: list[tuple[Any, bool]] = [(None, True)] * len(node.avals)
     if not with_zero:
         got = _fills(node, xs, found[0], removal[0][0])
@@ -194,8 +205,6 @@ def _fills(node: Node, xs: Sequence[Sliced], way: Way, gone: Indices) -> list[tu
     changes = {k: v for k, v in params.items() if node.params.get(k) is not v}
     results = apply(node, ready, known, **changes)
     return [(y, known) for y in results]
-
-
 
 
 def _part_of_fill(x: Sliced, axis: int | None) -> tuple[Any, bool]:
