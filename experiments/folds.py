@@ -73,7 +73,7 @@ def paired_loss(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Lo
     of_items = [b.astype(float) - a.astype(float) for b, a in zip(before, after, strict=True)]
     of_folds = np.array([100 * d.mean() for d in of_items])
     every = 100 * np.concatenate(of_items)
-    return Loss(every.mean(), upper_bound(every), upper_bound(of_folds), of_folds.std(ddof=1))
+    return Loss(float(every.mean()), upper_bound(every), upper_bound(of_folds), float(of_folds.std(ddof=1)))
 
 
 def upper_bound(values: np.ndarray) -> float:
