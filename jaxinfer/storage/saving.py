@@ -132,7 +132,7 @@ def save(
     content = {
         "name": _name(fun),
         "versions": {name: version(name) for name in ("jaxinfer", "jax", "jaxlib")},
-        "scheme": _scheme(fun if scheme is None else scheme, scheme is None),
+        "scheme": _as_data(getattr(fun, "scheme", None) if scheme is None else scheme),
         "arrays": arrays.descriptions,
         "entries": entries,
     }
@@ -334,19 +334,13 @@ def _checked(platforms: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(platforms))
 
 
-def _scheme(scheme: Any, attribute: bool) -> Any:
-    """A quantization scheme in JSON types."""
-    found = getattr(scheme, "scheme", None) if attribute else scheme
-    if dataclasses.is_dataclass(found) and not isinstance(found, type):
-        return {key: _scheme_value(value) for key, value in dataclasses.asdict(found).items()}
-    return _scheme_value(found)
-
-
-def _scheme_value(value: Any) -> Any:
+def _as_data(value: Any) -> Any:
+    """A description, such as a quantization scheme, in JSON types; dataclasses say what they are."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _as_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
     if isinstance(value, Mapping):
-        return {str(k): _scheme_value(v) for k, v in value.items()}
+        return {str(k): _as_data(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_scheme_value(v) for v in value]
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    return str(value)
+        return [_as_data(v) for v in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from flax import nnx
 from jax import export
 
 from jaxinfer import autoinfer
+from jaxinfer.quantization.scheme import Int8, Override
 from jaxinfer.storage import StorageError
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(12, 10)), jnp.float32)
@@ -358,6 +360,9 @@ def test_the_manifest_tells_scheme_and_versions(through):
     assert loaded.scheme == {"weights": "int8", "per": ["channel", 0]}
     assert loaded.versions["jax"] == jax.__version__
     assert through((fun, PARAMS), X, scheme="mine").scheme == "mine"
+    scheme = through((fun, PARAMS), X, scheme=Int8(overrides=[Override(re.compile("bias.*"))])).scheme
+    assert scheme["kind"] == "Scheme" and scheme["weights"]["number"] == "int8"
+    assert scheme["overrides"] == [{"kind": "Override", "match": "re.compile('bias.*')", "scheme": None}]
     assert through((chain, PARAMS), X).scheme is None
 
 
