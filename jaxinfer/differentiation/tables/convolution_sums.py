@@ -179,7 +179,7 @@ def _depthwise_kernel(x: Array, ct: Array, window: Window) -> Array:
     """
     channels, outer = x.shape[-1], ct.shape[-1] // x.shape[-1]
     first, *others = ct.shape[1:-1]
-    rows = first if first <= 2 * _ROWS else _ROWS
+    rows = min(first, _ROWS)
     size = [-(-first // rows), *others]
     places = [size[0] * rows, *others]
     wide = _accumulator(ct.dtype)
@@ -201,10 +201,12 @@ def _depthwise_kernel(x: Array, ct: Array, window: Window) -> Array:
         at = [*(t * d for t, d in zip(tap, window.dilation)), 0]
         starts = ([at[0] + j * strides[0], *at[1:]] for j in range(rows))
         terms = [_cut(reads, start, size, [rows * strides[0], *strides[1:]]) * y for start, y in zip(starts, mine)]
-        # Without a barrier XLA puts the sum of the rows into the slow one.
-        added = lax.optimization_barrier(_total(terms))
-        found.append(lax.reduce_sum(added, tuple(range(1 + len(size)))))
-    return lax.concatenate(found, 0).reshape(*window.taps, 1, channels * outer).astype(ct.dtype)
+        total = _total(terms)
+        found.append(lax.reshape(total, [1, *total.shape]))
+    # Without a barrier XLA puts the sum of the rows into the slow one.
+    added = lax.optimization_barrier(lax.concatenate(found, 0))
+    summed = lax.reduce_sum(added, tuple(range(1, 2 + len(size))))
+    return summed.reshape(*window.taps, 1, channels * outer).astype(ct.dtype)
 
 
 def _columns(x: Array, places: int, window: Window) -> Array:
@@ -213,7 +215,7 @@ def _columns(x: Array, places: int, window: Window) -> Array:
     stride, dilation = window.strides[-1], window.dilation[-1]
     reach = (places - 1) * stride + 1
     reads = [lax.slice_in_dim(x, t * dilation, t * dilation + reach, stride, axis) for t in range(window.taps[-1])]
-    apart = [lax.expand_dims(read, [axis + 1]) for read in reads]
+    apart = [lax.reshape(read, [*read.shape[:-1], 1, read.shape[-1]]) for read in reads]
     return lax.optimization_barrier(lax.concatenate(apart, axis + 1)) if len(apart) > 1 else apart[0]
 
 
@@ -248,12 +250,12 @@ def _depthwise_image(ct: Array, kernel: Array, shape: Sequence[int], window: Win
     outer = ct.shape[-1] // channels
     wide = _accumulator(ct.dtype)
     last = [channels, *[outer] * (outer > 1)]
-    weights = lax.reshape(kernel, [math.prod(window.taps), *[1] * (1 + len(size)), *last]).astype(wide)
+    weights = lax.reshape(kernel, [math.prod(window.taps), *[1] * len(size), *last]).astype(wide)
     given = lax.reshape(ct, [*ct.shape[:-1], *last])
     index = {tap: i for i, tap in enumerate(_taps(window))}
 
     def term(reads: Array, tap: tuple[int, ...], start: Sequence[int], length: Sequence[int]) -> Array:
-        mine = lax.index_in_dim(weights, index[tap], keepdims=False)
+        mine = lax.slice_in_dim(weights, index[tap], index[tap] + 1)
         return _cut(reads, start, length, [1] * len(size)).astype(wide) * mine
 
     found = _spread(given, size, window, term)
