@@ -37,7 +37,8 @@ def scaling(
     rows = [fresh(measure, curve=curve, n=n, batch=batch, seconds=seconds) for curve, n in points]
     append(request.output, rows)
     columns = ("curve", "n", "ours", "jax", "by hand", "error")
-    request.console.print(Sheet("Time against n", columns, tuple(map(_cells, rows)), (1, 2, 3, 4, 5), "milliseconds"))
+    note = "errors: relative, in float64"
+    request.console.print(Sheet("Time against n", columns, tuple(map(_cells, rows)), (1, 2, 3, 4, 5), note))
     if plots is not None:
         draw(rows, Path(plots))
     return rows

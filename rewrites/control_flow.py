@@ -1,4 +1,4 @@
-"""Loops and branches whose course is known."""
+"""Loops and branches whose course is known, and the bounds of what chooses between branches."""
 
 from __future__ import annotations
 
@@ -19,6 +19,39 @@ from jaxinfer.rewriting.sampler import Frozen
 def _match(graph: Graph, node: Node, operands: tuple[Value, ...]) -> Match:
     roots = tuple(Value(node, i) for i in range(len(node.avals)))
     return Match(graph, roots, {f"x{i}": v for i, v in enumerate(operands)})
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+# How many operations deep bounds of an index are looked for.
+_DEPTH = 4
+_WIDEST = (-(2**63), 2**64)
+
+
+def _bounds(graph: Graph, value: Value, depth: int = _DEPTH) -> tuple[int, int]:
+    """The least and the largest number that a scalar integer may be."""
+    if (number := known_number(graph, value)) is not None:
+        return int(number), int(number)
+    node, inputs = value.node, value.node.inputs
+    if depth and node.op == "convert_element_type" and inputs[0].dtype == bool:
+        return 0, 1
+    if depth and node.op in ("max", "min"):
+        (low, high), (other_low, other_high) = (_bounds(graph, v, depth - 1) for v in inputs)
+        choose = max if node.op == "max" else min
+        return choose(low, other_low), choose(high, other_high)
+    return _WIDEST
+
+
+def _find_bounded(graph: Graph, node: Node) -> Match | None:
+    """A maximum or minimum of scalar integers one of which is never less, or more, than the other."""
+    if node.aval.shape != () or not jnp.issubdtype(node.aval.dtype, jnp.integer):
+        return None
+    a, b = node.inputs
+    for one, other in ((a, b), (b, a)):
+        (low, high), (other_low, other_high) = _bounds(graph, one), _bounds(graph, other)
+        if low >= other_high if node.op == "max" else high <= other_low:
+            return Match(graph, (Value(node, 0),), {"x": one})
+    return None
 
 
 # -- cond -------------------------------------------------------------------------------------------------------------
@@ -88,6 +121,12 @@ def _case_branch(s: Any) -> Iterator[Any]:
     yield lambda i, x, y: lax.switch(i, branches, x, y), (index, s.array(*shape), s.array(*shape))
 
 
+def _case_bounded(s: Any) -> Iterator[Any]:
+    yield lambda p: jnp.clip(p.astype("int32"), 0, 1), (s.array(dtype=bool),)
+    i = s.array(dtype="int32")
+    yield lambda i: jnp.clip(jnp.clip(i, 0, 3), 0, 3), (i,)
+
+
 def _case_scan(s: Any) -> Iterator[Any]:
     def step(carry: Any, x: Any) -> Any:
         return carry + x, carry * x
@@ -113,6 +152,15 @@ RULES: tuple[Rule, ...] = (
         "bitwise",
         reads_values=True,
         cases=_case_branch,
+    ),
+    Rule(
+        "within-bounds",
+        "max(i, least i), min(i, largest i) → i",
+        Find(("max", "min"), _find_bounded),
+        lambda m, x: x,
+        "bitwise",
+        reads_values=True,
+        cases=_case_bounded,
     ),
     Rule(
         "short-scan",

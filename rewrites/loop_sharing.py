@@ -6,14 +6,14 @@ of every step. Joined, the loops run once; what is equal in them is then found b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.analysis.cost import flops
-from jaxinfer.analysis.loops import Loop, below
+from jaxinfer.analysis.loops import Loop, below, copied
 from jaxinfer.graph import Graph, GraphBuilder, Node, Value
 from jaxinfer.graph.node import context_key
 from jaxinfer.rewrites.loop_operands import LoopMatch, equal_carries, replace_loop
@@ -75,21 +75,12 @@ def _joined(a: Loop, b: Loop) -> Loop:
     in_a |= inputs(steps_a, a.xs, "row")
     in_b |= inputs(steps_b, b.xs, "row")
     fixed, xs = (tuple(v for (kind, *_), (v, _) in shared.items() if kind == k) for k in ("fixed", "row"))
-    out_a, out_b = _copied(builder, a.body, in_a), _copied(builder, b.body, in_b)
+    out_a, out_b = copied(builder, a.body, in_a), copied(builder, b.body, in_b)
     m, n = len(a.init), len(b.init)
     outputs = [*out_a[:m], *out_b[:n], *out_a[m:], *out_b[n:]]
     types_a, types_b = a.body.out_avals, b.body.out_avals
     body = builder.build(outputs, out_avals=[*types_a[:m], *types_b[:n], *types_a[m:], *types_b[n:]])
     return Loop(a.node, fixed, (*a.init, *b.init), xs, body)
-
-
-def _copied(builder: GraphBuilder, body: Graph, inputs: Mapping[Value, Value]) -> list[Value]:
-    """The operations of a body on other inputs: the values of its outputs."""
-    env = dict(inputs)
-    for node in body.nodes:
-        new = builder.copy(node, [env.get(v, v) for v in node.inputs])
-        env.update((Value(node, i), Value(new, i)) for i in range(len(node.avals)))
-    return [env.get(v, v) for v in body.outputs]
 
 
 def _shares(joint: Loop, first: int) -> bool:

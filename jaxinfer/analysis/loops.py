@@ -170,6 +170,24 @@ def cut(
     return builder.build(found, out_avals=tuple(out_avals) or tuple(v.aval for v in outputs))
 
 
+def copied(builder: GraphBuilder, graph: Graph, inputs: Mapping[Value, Value]) -> list[Value]:
+    """Adds a graph's operations to another under construction.
+
+    Args:
+        builder: where they go.
+        graph: the program, without effects.
+        inputs: for each of its inputs a value there.
+
+    Returns:
+        The values of its outputs.
+    """
+    env = dict(inputs)
+    for node in graph.nodes:
+        new = builder.copy(node, [env.get(v, v) for v in node.inputs])
+        env.update((Value(node, i), Value(new, i)) for i in range(len(node.avals)))
+    return [env.get(v, v) for v in graph.outputs]
+
+
 def below(outputs: Sequence[Value], stop: Callable[[Value], bool] = lambda _: False) -> set[Node]:
     """The nodes that values are computed by, inputs and constants included, down to where ``stop`` says so."""
     found: set[Node] = set()

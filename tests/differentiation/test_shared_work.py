@@ -109,6 +109,19 @@ def test_loops_of_all_orders_run_once():
         np.testing.assert_allclose(have, want, rtol=1e-9, atol=1e-10)
 
 
+def test_choices_of_all_orders_are_made_once():
+    def fun(x):
+        return jax.lax.cond(x.sum() > 0, network, log_partition, x)
+
+    left = operations(all_orders(fun, autoinfer), X)
+    # One way there, one way back.
+    assert left["cond"] == 2
+    assert (left["tanh"], left["exp"], left["log"]) == (1, 2, 1)
+    for x in (X, -X):
+        for have, want in zip(all_orders(fun, autoinfer)(x), all_orders(fun, jax)(x), strict=True):
+            np.testing.assert_allclose(have, want, rtol=1e-9, atol=1e-10)
+
+
 def test_sums_over_steps_of_weight_gradients_leave_the_loop():
     graph = autoinfer.grad(recurrent).graph(PARAMS, XS)
     loops = [node for node in graph.nodes if node.op == "scan"]
