@@ -108,7 +108,6 @@ def test_bounds_of_indices():
     assert clamps(lambda p: clip(p.astype(jnp.int32), 1, 2), truth) == 0
     assert clamps(lambda i: clip(clip(i, 0, 5), 0, 5), number) == 2
     assert clamps(lambda i: clip(clip(i, 0, 5), -1, 6), number) == 2
-    # Bounds that do not follow: one clamp of those that are tighter, or both.
-    assert clamps(lambda i: clip(clip(i, 0, 5), 1, 4), number) in (2, 3, 4)
     # Numbers that may be none are left alone.
-    assert clamps(lambda x: lax.clamp(0.0, lax.clamp(0.0, x, 5.0), 5.0), np.float32(3)) == 4
+    _, floats = rewrite(lambda x: lax.min(lax.min(x, 5.0), 5.0), (np.float32(3),), control_flow.RULES)
+    assert floats.count("min") == 2
