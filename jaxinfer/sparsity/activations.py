@@ -23,7 +23,7 @@ from jaxinfer.sparsity.leaf_macs import trace_leaves
 
 # Linear in their first operand, or in all of them, and nothing but moves.
 _MOVES = frozenset(
-    "reshape transpose squeeze expand_dims slice rev concatenate pad dynamic_slice copy copy_p copy_to_host".split()
+    "reshape transpose squeeze expand_dims slice dynamic_slice split unstack concatenate stack pad rev copy".split()
 )
 _CASTS = frozenset(["convert_element_type", "reduce_precision", "stop_gradient", "optimization_barrier"])
 
@@ -104,28 +104,25 @@ class _Inputs(Domain[_Flow]):
             return [_Flow(y, x.origins) for x, y in zip(inputs, results)]
         if node.op not in _MOVES:
             return [_Flow(y) for y in results]
-        (result,) = results
-        origins = [o for i, x in enumerate(inputs) for o in self._moved(node, params, inputs, i, x)]
-        return [_Flow(result, tuple(origins))]
+        return [_Flow(y, tuple(self._moved(node, params, inputs, k))) for k, y in enumerate(results)]
 
-    def _moved(
-        self, node: Node, params: dict[str, Any], inputs: Sequence[_Flow], place: int, x: _Flow
-    ) -> list[_Origin]:
-        """The ways back from the result of a move to what its operand is made of."""
-        if not x.origins:
-            return []
+    def _moved(self, node: Node, params: dict[str, Any], inputs: Sequence[_Flow], which: int) -> list[_Origin]:
+        """The ways back from one result of a move to what its operands are made of."""
+        found: list[_Origin] = []
+        for place, x in enumerate(inputs):
+            if not x.origins:
+                continue
 
-        def move(v: Any) -> Any:
-            others = [
-                v if i == place else jnp.zeros(y.value.shape) if _jax.is_inexact(y.value.dtype) else y.value
-                for i, y in enumerate(inputs)
-            ]
-            (result,) = _jax.bind(node.primitive, others, params)
-            return result
+            def move(v: Any, place: int = place) -> Any:
+                operands = [
+                    v if i == place else jnp.zeros(y.value.shape) if _jax.is_inexact(y.value.dtype) else y.value
+                    for i, y in enumerate(inputs)
+                ]
+                return _jax.bind(node.primitive, operands, params)[which]
 
-        shape = jax.ShapeDtypeStruct(x.value.shape, jnp.float32)
-        transposed = jax.linear_transpose(move, shape)
-        return [_Origin(o.leaf, _after(o.back, transposed)) for o in x.origins]
+            transposed = jax.linear_transpose(move, jax.ShapeDtypeStruct(x.value.shape, jnp.float32))
+            found += [_Origin(o.leaf, _after(o.back, transposed)) for o in x.origins]
+        return found
 
     def _product(self, node: Node, inputs: Sequence[_Flow]) -> None:
         """Notes what a product feeds the parameter on one of its sides with."""

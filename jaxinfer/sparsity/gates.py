@@ -11,6 +11,8 @@ Reference: Louizos, Welling and Kingma, "Learning sparse neural networks through
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +37,7 @@ def sample(log_alpha: jax.Array, key: jax.Array) -> jax.Array:
 
 def probability(log_alpha: jax.Array) -> jax.Array:
     """The probability that each gate is not zero."""
-    return jax.nn.sigmoid(log_alpha - BETA * jnp.log(-GAMMA / ZETA))
+    return jax.nn.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 
 
 def expected(log_alpha: jax.Array) -> jax.Array:
@@ -45,7 +47,7 @@ def expected(log_alpha: jax.Array) -> jax.Array:
 
 def location(open_probability: float) -> float:
     """The log α at which a gate is not zero with the given probability."""
-    return float(jnp.log(open_probability / (1 - open_probability)) + BETA * jnp.log(-GAMMA / ZETA))
+    return math.log(open_probability / (1 - open_probability)) + BETA * math.log(-GAMMA / ZETA)
 
 
 def _stretch(s: jax.Array) -> jax.Array:

@@ -69,7 +69,7 @@ class Method:
         raise NotImplementedError
 
     def start(self, plan: Plan, trained: Any, key: jax.Array) -> State:
-        """The state before the first step."""
+        """The state before the first step (not under ``jit``)."""
         raise NotImplementedError
 
     def gates(self, plan: Plan, state: State, key: jax.Array) -> jax.Array:

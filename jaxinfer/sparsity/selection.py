@@ -62,7 +62,8 @@ def ranks(scores: jax.Array) -> jax.Array:
 
 def _ordered(scores: jax.Array) -> jax.Array:
     """float32 → uint32 in the same order, at least 1 and less than the key of what is protected; NaN lowest."""
-    clean = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32)) + 0.0  # −0.0 becomes 0.0
+    clean = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
+    clean = jnp.where(clean == 0, 0.0, clean)  # −0.0 becomes 0.0
     bits = jax.lax.bitcast_convert_type(clean, jnp.uint32)
     sign = jnp.uint32(2**31)
     return jnp.where(bits >= sign, ~bits, bits | sign)

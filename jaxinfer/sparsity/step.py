@@ -49,17 +49,22 @@ class Trainer:
 
     def start(self, params: Any, key: jax.Array) -> Carry:
         """The carry before the first step; the arrays of ``params`` are copied."""
-        trained, rest = self._leaves.split(jax.tree.map(_copy, params))
+        trained, rest = self._leaves.split(params)
+        carry, first = jax.jit(self._start)(trained, rest, key)
+        return {**carry, "method": self.method.start(self.plan, carry["trained"], first)}
+
+    def _start(self, trained: Any, rest: list[Any], key: jax.Array) -> tuple[Carry, jax.Array]:
         first, running = jax.random.split(key)
-        return {
+        trained, rest = jax.tree.map(jnp.copy, (trained, rest))
+        carry = {
             "trained": trained,
             "rest": rest,
             "optimizer": self.optimizer.init(trained),
-            "method": self.method.start(self.plan, trained, first),
             "key": jax.random.key_data(running),
             "step": jnp.zeros((), jnp.int32),
             "failed": jnp.full((), -1, jnp.int32),
         }
+        return carry, first
 
     def taught(self, teacher: Any) -> list[Any]:
         """The arrays of a teacher's parameters, as the steps take them.
@@ -224,7 +229,3 @@ def _scalars(aux: Any, carried: frozenset[Any]) -> dict[str, Any]:
     if not isinstance(aux, Mapping):
         return {}
     return {str(k): v for k, v in aux.items() if k not in carried and hasattr(v, "shape") and v.shape == ()}
-
-
-def _copy(leaf: Any) -> Any:
-    return jnp.array(leaf, copy=True) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf

@@ -101,7 +101,7 @@ class Units:
 
     def masks(self, keep: Any) -> Any:
         """bool[units] → a tree of masks like the parameters, None for those that no unit has a part in."""
-        factors = self.spread(jnp.asarray(keep, jnp.float32))
+        factors = jax.jit(self.spread)(jnp.asarray(keep, jnp.float32))
         found = [
             jnp.asarray(np.broadcast_to(np.asarray(factors[i]) > 0, aval.shape)) if i in factors else None
             for i, aval in enumerate(self.leaves.avals)
@@ -110,8 +110,8 @@ class Units:
 
     def left(self, keep: Any) -> dict[str, float]:
         """What is left in every measure that is known."""
-        z = jnp.asarray(keep, jnp.float32)
-        return {measure: float(self.cost(z, measure)) for measure in self.measures}
+        costs = jax.jit(lambda z: [self.cost(z, measure) for measure in self.measures])
+        return dict(zip(self.measures, map(float, costs(jnp.asarray(keep, jnp.float32)))))
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -120,8 +120,9 @@ class Units:
 
     def _least(self, measure: Measure) -> float:
         """What is left if nothing is kept but what is kept in any case."""
+        least = jax.jit(lambda: self.cost(self.winners(jnp.zeros(self.size)).astype(jnp.float32), measure))
         with jax.ensure_compile_time_eval():
-            return float(self.cost(self.winners(jnp.zeros(self.size)).astype(jnp.float32), measure))
+            return float(least())
 
     def check(self, target: Target) -> None:
         """Raises a :class:`TargetError` if a target cannot be met by these units."""
