@@ -17,6 +17,7 @@ from jaxinfer.rewrites import (
     movement,
     padding,
     parallel_products,
+    product_layouts,
     recurrence,
     reductions,
     simplify,
@@ -50,3 +51,7 @@ RULES: tuple[Rule, ...] = (
 # For derivatives as they are made: fewer operations, but everything joined is in memory at once, so no program that is
 # there already is rewritten so.
 DERIVATIVE_RULES: tuple[Rule, ...] = padding.RULES
+
+# For derivatives that are about to run, once there is nothing left to simplify: on the way they would stand between
+# operations that belong together.
+FINAL_DERIVATIVE_RULES: tuple[Rule, ...] = product_layouts.RULES

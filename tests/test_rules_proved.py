@@ -2,15 +2,16 @@
 
 import pytest
 
-from jaxinfer.rewrites import DERIVATIVE_RULES, RULES
+from jaxinfer.rewrites import DERIVATIVE_RULES, FINAL_DERIVATIVE_RULES, RULES
 from jaxinfer.rewriting.prove import prove
 from jaxinfer.rewriting.rule import check_names
 
-BY_NAME = {rule.name: rule for rule in (*RULES, *DERIVATIVE_RULES)}
+EVERY = (*RULES, *DERIVATIVE_RULES, *FINAL_DERIVATIVE_RULES)
+BY_NAME = {rule.name: rule for rule in EVERY}
 
 
 def test_names_are_unique():
-    assert check_names((*RULES, *DERIVATIVE_RULES)) == (*RULES, *DERIVATIVE_RULES)
+    assert check_names(EVERY) == EVERY
 
 
 @pytest.mark.parametrize("name", BY_NAME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,14 @@ import jax
 
 from jaxinfer import _jax
 from jaxinfer.graph import Graph, emit, run, trace, trace_function
-from jaxinfer.rewrites import DERIVATIVE_RULES
+from jaxinfer.rewrites import DERIVATIVE_RULES, FINAL_DERIVATIVE_RULES
 from jaxinfer.rewriting import Rewriter, load_rules, within
 
 # A derivative may be differentiated again, and what does not change a value may still stop a derivative.
 _PRIMAL_ONLY = frozenset({"drop-stop-gradient"})
+
+# Whether a function is being traced to be differentiated here: derivatives within it are then no final programs.
+_differentiated = ContextVar("differentiated", default=False)
 
 
 @dataclass
@@ -86,7 +90,11 @@ class Traced:
             self._aux = [None if _is_array(x) else (x,) for x in aux_leaves]
             return [*outs, *(x for x in aux_leaves if _is_array(x))]
 
-        closed = _jax.make_jaxpr(flat, [_jax.aval_of(x) for x in leaves])
+        outer = _differentiated.set(True)
+        try:
+            closed = _jax.make_jaxpr(flat, [_jax.aval_of(x) for x in leaves])
+        finally:
+            _differentiated.reset(outer)
         plain, consts = _jax.without_constvars(closed)
         known = {i: c for i, c in enumerate(consts) if _jax.is_concrete(c)}
         tracers = [c for i, c in enumerate(consts) if i not in known]
@@ -124,7 +132,13 @@ class Traced:
         avals = [*(n.aval for n in self.graph.inputs), *extra]
         graph = trace_function(functools.partial(build, borrowed), *avals, keep_custom=True)
         rewriter = Rewriter(_simplifying_rules())
-        return Derivation(self.graph, rewriter.fixpoint(graph), borrowed, Counter(rewriter.log.fired))
+        graph = rewriter.fixpoint(graph)
+        fired = Counter(rewriter.log.fired)
+        if not _differentiated.get():
+            final = Rewriter(within(FINAL_DERIVATIVE_RULES, "reassociate", jax.default_backend()))
+            graph = final.fixpoint(graph)
+            fired += final.log.fired
+        return Derivation(self.graph, graph, borrowed, fired)
 
 
 def _is_array(value: Any) -> bool:
