@@ -113,7 +113,9 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         for way, label in _LABELS[taken[0]["kind"]].items():
             axes.loglog([row["n"] for row in taken], [row["ms"][way] for row in taken], marker="o", label=label)
         axes.set(title=curve, xlabel=_AXES.get(curve, "n"), ylabel="milliseconds")
-        axes.grid(which="major", alpha=0.3)
+        axes.set_xticks([row["n"] for row in taken], [str(row["n"]) for row in taken])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
         axes.legend()
         paths.append(folder / f"{_file_name(curve)}.png")
         figure.savefig(paths[-1], dpi=150)
@@ -122,7 +124,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _file_name(curve: str) -> str:
-    return re.sub(r"\W+", "_", curve).strip("_")
+    return re.sub(r"\W+", "_", curve, flags=re.ASCII).strip("_")
 
 
 def _cells(row: Row) -> tuple[Cell, ...]:

@@ -24,7 +24,7 @@ def test_curves_are_drawn_through_their_points(tmp_path):
         for n in (32, 8, 16)
     ]
     paths = scaling.draw(rows, tmp_path / "plots")
-    assert [path.name for path in paths] == ["burgers.png", "Hessian_of_xᵀAx.png"]
+    assert [path.name for path in paths] == ["burgers.png", "Hessian_of_x_Ax.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
