@@ -35,13 +35,14 @@ class Entry:
     before: Kinds
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Entry)
-            and np.array_equal(*np.broadcast_arrays(self.now, other.now))
-            and np.array_equal(*np.broadcast_arrays(self.before, other.before))
-        )
+        return isinstance(other, Entry) and _alike(self.now, other.now) and _alike(self.before, other.before)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether tables say the same of the same value."""
+    return bool(np.all(a == b))
 
 
 class Rule(NamedTuple):
@@ -191,7 +192,7 @@ def _as_results_are(need: Needs, kinds: Kinds) -> Needs:
 
 
 def _same(a: Sequence[Needs], b: Sequence[Needs]) -> bool:
-    return all(np.array_equal(*np.broadcast_arrays(x, y)) for x, y in zip(a, b))
+    return all(map(_alike, a, b))
 
 
 def _scan(back: Backward, node: Node, wanted: Sequence[Needs]) -> Sequence[Needs]:

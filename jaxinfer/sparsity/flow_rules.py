@@ -218,6 +218,10 @@ def _places(node: Node, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return places[inside], np.flatnonzero(inside)
 
 
+def _at(axis: int, indices: np.ndarray) -> tuple[Any, ...]:
+    return (*(slice(None),) * axis, indices)
+
+
 def _pad(node: Node, kinds: Sequence[Kinds]) -> Sequence[Kinds]:
     found, value = kinds[0], int(kinds[1].max())
     for axis in _padded_axes(node):
@@ -225,8 +229,8 @@ def _pad(node: Node, kinds: Sequence[Kinds]) -> Sequence[Kinds]:
         shape = list(found.shape)
         shape[axis] = node.aval.shape[axis]
         full = np.full(shape, value, np.uint8)
-        at = (slice(None),) * axis
-        full[(*at, places)] = _wide(found, axis, node.inputs[0].shape[axis])[(*at, inside)]
+        wide = _wide(found, axis, node.inputs[0].shape[axis])
+        full[_at(axis, places)] = wide[_at(axis, inside)]
         found = full
     return [found]
 
@@ -235,11 +239,10 @@ def _pad_back(node: Node, kinds: Sequence[Kinds], needs: Sequence[Needs]) -> Seq
     found = needs[0]
     for axis in _padded_axes(node):
         places, inside = _places(node, axis)
-        at = (slice(None),) * axis
         shape = list(found.shape)
         shape[axis] = node.inputs[0].shape[axis]
         full = np.zeros(shape, np.uint8)
-        full[(*at, inside)] = _wide(found, axis, node.aval.shape[axis])[(*at, places)]
+        full[_at(axis, inside)] = _wide(found, axis, node.aval.shape[axis])[_at(axis, places)]
         found = full
     return [found, np.asarray(needs[0].max(initial=0), np.uint8)]
 

@@ -28,7 +28,7 @@ def mask_leaves(params: Any, masks: Any) -> list[np.ndarray | None]:
     given = jax.tree_util.tree_flatten_with_path(masks, is_leaf=lambda x: x is None)[0]
     by_path = dict(given)
     used: set[Any] = set()
-    found = []
+    found: list[np.ndarray | None] = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         at = next((path[:i] for i in range(len(path), -1, -1) if path[:i] in by_path), None)
         name = leaf_name(path)

@@ -72,8 +72,7 @@ class Parameter:
         """The slices of a whole array that stay."""
         array = np.asarray(array)
         for axis, keep in enumerate(self.keep):
-            if keep is not None:
-                array = np.take(array, keep, axis)
+            array = array if keep is None else np.take(array, keep, axis)
         return array
 
 
@@ -110,8 +109,8 @@ def uses(graph: Graph, masks: Sequence[np.ndarray | None]) -> Uses:
         rank = len(getattr(node.aval, "shape", ()))
         kind = uniform(PARAMETER if i < count else DYNAMIC, rank)
         mask = masks[i] if i < count else None
-        now = kind if mask is None else np.where(mask, np.uint8(PARAMETER), np.uint8(ZERO))
-        entries.append(Entry(now, kind))
+        masked = kind if mask is None else np.where(mask, np.uint8(PARAMETER), np.uint8(ZERO))
+        entries.append(Entry(masked, kind))
     now, before, results = needs_of(graph, RULES, entries)
     return Uses(
         tuple(now[:count]),

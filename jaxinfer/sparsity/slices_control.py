@@ -55,7 +55,7 @@ class Form:
     def same(self, other: Form) -> bool:
         """Whether two forms keep the same."""
         return all(
-            (a is None) == (b is None) and (a is None or np.array_equal(a, b)) for a, b in zip(self.keep, other.keep)
+            a is b if a is None or b is None else np.array_equal(a, b) for a, b in zip(self.keep, other.keep)
         )
 
 

@@ -1,0 +1,75 @@
+"""What tests of `shrink` share: masks of whole units, and the masked program to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import autoinfer
+from jaxinfer.sparsity.groups import Groups
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+
+
+@contextmanager
+def precision(dtype: Any) -> Iterator[None]:
+    """The configuration in which arrays of a type can be made."""
+    with jax.enable_x64(jnp.dtype(dtype) == jnp.float64):
+        yield
+
+
+def masked(params: Any, masks: Any) -> Any:
+    """Parameters with zeros where masks are False."""
+
+    def one(mask: Any, subtree: Any) -> Any:
+        return subtree if mask is None else jnp.where(mask, subtree, jnp.zeros((), subtree.dtype))
+
+    return jax.tree.map(one, masks, params, is_leaf=lambda node: node is None)
+
+
+def pruned(groups: Groups, share: float, seed: int = 0) -> tuple[Any, dict[str, np.ndarray]]:
+    """Masks that remove a share of the units of each group, rounded up, at random; and what they keep by group."""
+    rng = np.random.default_rng(seed)
+    kept = {}
+    for group in groups:
+        gone = min(int(np.ceil(share * group.size)), group.size - 1)
+        kept[group.name] = np.ones(group.size, bool)
+        kept[group.name][rng.permutation(group.size)[:gone]] = False
+    return groups.masks(kept), kept
+
+
+def error(fun: Callable[..., Any], params: Any, masks: Any, small: Any, small_params: Any, *args: Any) -> float:
+    """Largest difference from the masked program, relative to the largest result of its array."""
+    want = jax.tree.leaves(jax.jit(fun)(masked(params, masks), *args))
+    have = jax.tree.leaves(small(small_params, *args))
+    worst = 0.0
+    for w, h in zip(want, have, strict=True):
+        assert w.shape == h.shape and w.dtype == h.dtype
+        if not jnp.issubdtype(w.dtype, jnp.inexact):
+            np.testing.assert_array_equal(w, h)
+        elif w.size:
+            a, b = np.asarray(w, np.float64), np.asarray(h, np.float64)
+            assert np.isfinite(a).all() and np.isfinite(b).all()
+            assert np.abs(a).max() > 0
+            worst = max(worst, float(np.abs(a - b).max() / np.abs(a).max()))
+    return worst
+
+
+def check(fun: Callable[..., Any], params: Any, masks: Any, *args: Any, shapes: Any = None) -> tuple[Any, Any]:
+    """Shrinks a float64 program and compares it with the masked one; ``shapes`` are those its arrays must have."""
+    small, small_params = autoinfer.shrink(fun, params, masks, *args)
+    assert error(fun, params, masks, small, small_params, *args) <= TOLERANCE["float64"]
+    if shapes is not None:
+        assert jax.tree.map(lambda x: x.shape, small_params) == shapes
+    return small, small_params
+
+
+def random_tree(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
+    """Normal random arrays by name."""
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.standard_normal(shape)) for name, shape in shapes.items()}
