@@ -6,6 +6,7 @@ Whatever is outside of the range is clipped to its ends; the narrower it is, the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -162,11 +163,11 @@ def _quantile(counts: np.ndarray, centres: np.ndarray, share: float, step: float
     return float(centres[min(at, len(centres) - 1)] + step / 2)
 
 
-def _best(seen: Seen, affine: bool, cost) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def _best(seen: Seen, affine: bool, cost: Callable[[float, float], float]) -> tuple[float, float]:
     whole = _whole(seen, affine)
     if whole[0] == whole[1]:
         return whole
-    shares = np.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES)
+    shares = np.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES).tolist()
     ranges = [(whole[0] * s, whole[1] * s) for s in shares]
     # A range that is clipped on one side only, for what has a long tail there.
     if affine and whole[0] < 0 < whole[1]:

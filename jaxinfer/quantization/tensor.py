@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from jaxinfer.quantization.scheme import Format, Group
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scale", "zero_point"),
-    meta_fields=("format", "dtype", "axes", "group_axis", "packed"),
+    meta_fields=("format", "dtype", "axes", "group_axis", "packed", "order"),
 )
 @dataclass(frozen=True, eq=False)
 class Quantized:
@@ -42,6 +42,7 @@ class Quantized:
         axes: those along which scales differ from entry to entry.
         group_axis: the axis along which they differ from group to group, or None.
         packed: of int4, the axis along which two are in a byte and its size; None for others.
+        order: the values lie transposed by this, for a product that reads them so; None where they do not.
     """
 
     values: Any
@@ -52,11 +53,14 @@ class Quantized:
     axes: tuple[int, ...] = ()
     group_axis: int | None = None
     packed: tuple[int, int] | None = None
+    order: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that it stands for."""
         shape = list(self.values.shape)
+        if self.order is not None:
+            shape = [shape[self.order.index(a)] for a in range(len(shape))]
         if self.packed is not None:
             axis, size = self.packed
             shape[axis] = size
@@ -79,7 +83,15 @@ class Quantized:
 
     def codes(self) -> Any:
         """The values, unpacked: int8 of the array's shape for integers."""
-        return self.values if self.packed is None else unpack(self.values, *self.packed)
+        values = self.values
+        if self.order is not None:
+            values = lax.transpose(values, [self.order.index(a) for a in range(self.ndim)])
+        return values if self.packed is None else unpack(values, *self.packed)
+
+    def reordered(self, order: tuple[int, ...]) -> Quantized:
+        """The same with values that lie transposed by ``order`` of the array's axes."""
+        values = lax.transpose(replace(self, packed=None).codes(), order)
+        return replace(self, values=values, order=None if order == tuple(range(self.ndim)) else order)
 
     def spread(self, x: Any) -> Any:
         """A scale or zero point in a shape that broadcasts to the array's: each group's for all of its entries."""
