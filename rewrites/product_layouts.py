@@ -7,8 +7,9 @@ to multiply. XLA would put the turn back into the product, so a barrier stands b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax import lax
 
@@ -19,48 +20,63 @@ from jaxinfer.rewriting import Match, Rule, op, var
 _LEAST_REUSE = 128
 
 
-def _sizes(m: Match) -> tuple[int, int, int, int] | None:
-    """(summed, rows, columns, axis of the second operand that is summed) of a product A[k, m] ᵀ B, or None."""
-    a, b, params = m["a"], m["b"], m.params("dot")
-    (sums, batch) = params["dimension_numbers"]
-    if len(a.shape) != 2 or len(b.shape) != 2 or batch != ((), ()) or len(sums[0]) != 1 or sums[0][0] != 0:
+class _Product(NamedTuple):
+    """A product as one of matrices: A[summed, rows] on the left, on the right B with its summed axis first or last."""
+
+    summed: int
+    rows: int
+    columns: int
+    last: bool
+
+
+def _product(m: Match) -> _Product | None:
+    """The product where it sums over the first operand's first axes, and over the first or the last of the other."""
+    a, b = m["a"], m["b"]
+    (sums, other), (batch, _) = m.params("dot")["dimension_numbers"]
+    count, ndim = len(sums), len(b.shape)
+    first, last = tuple(range(count)), tuple(range(ndim - count, ndim))
+    if batch or not sums or tuple(sums) != first or tuple(other) not in (first, last):
         return None
-    (axis,) = sums[1]
-    return a.shape[0], a.shape[1], b.shape[1 - axis], axis
+    summed = math.prod(a.shape[:count])
+    return _Product(summed, math.prod(a.shape) // summed, math.prod(b.shape) // summed, tuple(other) == last)
 
 
-def _reuse(m: Match) -> tuple[float, float]:
-    """Multiplications for each element turned around: if A is, and if B and the result are."""
-    summed, rows, columns, axis = _sizes(m)  # type: ignore[misc]
-    work = summed * rows * columns
-    turned = rows * columns + (summed * columns if axis == 0 else 0)
-    return work / (summed * rows), work / turned
+def _reuse(product: _Product) -> tuple[float, float]:
+    """Multiplications for each element turned around: if A is, and if the result is, with B where it has to be."""
+    summed, rows, columns, last = product
+    turned = rows * columns + (0 if last else summed * columns)
+    return columns, summed * rows * columns / turned
 
 
 def _when(m: Match) -> bool:
-    if not is_static(m["a"], m["b"]) or m.params("dot").get("out_sharding") is not None:
+    a, b = m["a"], m["b"]
+    if not is_static(a, b) or 0 in (*a.shape, *b.shape) or m.params("dot").get("out_sharding") is not None:
         return False
-    if m.graph.is_known(m["a"]) or m.graph.is_known(m["b"]) or _sizes(m) is None or 0 in (*m["a"].shape, *m["b"].shape):
+    types = {str(v.aval.dtype) for v in (a, b, m.roots[0])}
+    if len(types) > 1 or not types <= {"float32", "float64"} or m.graph.is_known(a) or m.graph.is_known(b):
         return False
-    types = {str(v.aval.dtype) for v in (m["a"], m["b"], m.roots[0])}
-    return len(types) == 1 and types <= {"float32", "float64"} and max(_reuse(m)) >= _LEAST_REUSE
+    product = _product(m)
+    return product is not None and max(_reuse(product)) >= _LEAST_REUSE
 
 
 def _turned(m: Match, a: Any, b: Any) -> Any:
-    node = m.roots[0].node
-    *_, axis = _sizes(m)  # type: ignore[misc]
-    first, second = _reuse(m)
-    if first >= second:
+    node, product = m.roots[0].node, _product(m)
+    assert product is not None
+    summed, rows, columns, last = product
+    a = lax.reshape(a, (summed, rows))
+    b = lax.reshape(b, (columns, summed) if last else (summed, columns))
+    turned_a, turned_result = _reuse(product)
+    if turned_a >= turned_result:
         left = lax.optimization_barrier(lax.transpose(a, (1, 0)))
-        return rebind(node, left, b, dimension_numbers=(((1,), (axis,)), ((), ())))
-    left = b if axis else lax.optimization_barrier(lax.transpose(b, (1, 0)))
-    precision = node.params["precision"]
-    if isinstance(precision, tuple):
-        precision = precision[::-1]
-    numbers = (((1,), (0,)), ((), ()))
-    return lax.transpose(
-        lax.optimization_barrier(rebind(node, left, a, dimension_numbers=numbers, precision=precision)), (1, 0)
-    )
+        found = rebind(node, left, b, dimension_numbers=(((1,), (int(last),)), ((), ())))
+    else:
+        left = b if last else lax.optimization_barrier(lax.transpose(b, (1, 0)))
+        precision = node.params["precision"]
+        if isinstance(precision, tuple):
+            precision = precision[::-1]
+        right = rebind(node, left, a, dimension_numbers=(((1,), (0,)), ((), ())), precision=precision)
+        found = lax.transpose(lax.optimization_barrier(right), (1, 0))
+    return lax.reshape(found, m.roots[0].shape)
 
 
 def _cases(s: Any) -> Iterator[Any]:
@@ -74,6 +90,8 @@ def _cases(s: Any) -> Iterator[Any]:
     yield product(1), (s.array(k, 4), s.array(n, k))
     yield product(0), (s.array(260, 270), s.array(260, 2))
     yield product(1), (s.array(260, 270), s.array(2, 260))
+    several = (((0, 1), (0, 1)), ((), ()))
+    yield lambda a, b: lax.dot_general(a, b, several), (s.array(2, k, 2, 2), s.array(2, k, n))
 
 
 RULES: tuple[Rule, ...] = (
