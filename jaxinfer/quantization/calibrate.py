@@ -220,7 +220,7 @@ class Watching(OnWeights):
 def _watcher(
     program: Program, given: Sequence[Any], static: Any, count: int, wanted: Mapping[int, Wanted]
 ) -> Callable[..., dict[int, dict[str, Any]]]:
-    graph, _ = program.trace(given, static, keep_custom=False)
+    graph, _ = program.trace(given, static, keep_custom=True)
     positions = product_positions(graph)
 
     def watch(params: Sequence[Any], others: Sequence[Any]) -> dict[int, dict[str, Any]]:

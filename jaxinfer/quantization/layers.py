@@ -37,12 +37,14 @@ class Read:
         side: which operand is the parameter.
         position: its number in the program.
         place: how the parameter comes there; works on arrays of any dtype.
+        move: the same with the casts on its way.
     """
 
     node: Node
     side: int
     position: int
     place: Move
+    move: Move
 
     @property
     def form(self) -> Matrix:
@@ -188,7 +190,7 @@ class _Finding(OnWeights):
         return super().other(x)
 
     def product(self, node: Node, side: int, weights: Weights, x: Any) -> Any:
-        read = Read(node, side, self.positions[node], weights.place)
+        read = Read(node, side, self.positions[node], weights.place, weights.move)
         self.found.setdefault(weights.leaf, {})[node] = read
         return super().product(node, side, weights, x)
 

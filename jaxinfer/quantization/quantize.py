@@ -1,0 +1,259 @@
+"""``autoinfer.quantize``: parameters in fewer bits, and products computed with them where that measures faster."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.graph.retrace import Program, is_data, leaf_name, split
+from jaxinfer.quantization.activations import Static
+from jaxinfer.quantization.calibrate import CalibrationError, Inputs, arguments, calibrate
+from jaxinfer.quantization.forms import FLOAT, forms_of
+from jaxinfer.quantization.layers import Found, Layer, find_layers
+from jaxinfer.quantization.measure import Timings, laid_out
+from jaxinfer.quantization.method import Method, Nearest, Written, wanted_by
+from jaxinfer.quantization.program import QuantizedProgram, QuantizeError, Treated
+from jaxinfer.quantization.report import LayerReport, QuantizationReport
+from jaxinfer.quantization.scheme import Override, Scheme, SchemeError
+from jaxinfer.quantization.tensor import Quantized
+from jaxinfer.search.choose import describe
+
+Prefer = Literal["speed", "size"]
+# Faster by less than this is within the noise.
+_MARGIN = 0.95
+
+
+class QuantizationWarning(UserWarning):
+    """Something that was asked for has no effect."""
+
+
+def quantize(
+    fun: Any,
+    params: Any,
+    scheme: Scheme,
+    calibration: Iterable[Any],
+    *,
+    prefer: Prefer = "speed",
+    method: Method | None = None,
+    tune: Literal["auto", "off"] = "auto",
+    progress: bool = False,
+) -> tuple[QuantizedProgram, Any]:
+    """Writes the parameters that products read in fewer bits, and computes the products accordingly.
+
+    Each product is timed in the forms that its scheme can be computed in, and in floating point, at the shapes of the
+    first batch. Errors of layers add up: measure what the whole program loses.
+
+    Args:
+        fun: a function of a tree of parameters and further arguments.
+        params: the parameters; arrays, not tracers.
+        scheme: which numbers, for what.
+        calibration: batches, each a tuple of the further arguments (or the only one); one at least, whose shapes the
+            program is tuned for. All of them are run where ranges of activations, or what ``method`` asks for, come
+            from them.
+        prefer: ``"speed"``: a parameter stays in floating point where no form of its scheme is faster. ``"size"``:
+            every parameter that the scheme applies to is written in fewer bits, and the fastest form for it is used.
+        method: how parameters are written; by default every entry goes to the nearest value.
+        tune: ``"auto"`` times; ``"off"`` times nothing and uses the scheme everywhere, the same on every machine.
+        progress: whether to show a progress bar over batches.
+
+    Returns:
+        The program and its parameters: a tree like ``params`` in which :class:`Quantized` stand for some arrays.
+
+    Raises:
+        CalibrationError: no batch, or one that nothing can be learned from.
+        SchemeError: an exception fits nothing and ``scheme.unmatched`` is ``"error"``.
+        QuantizeError: the program reads or writes Refs.
+    """
+    method = Nearest() if method is None else method
+    if prefer not in ("speed", "size"):
+        raise ValueError(f"prefer={prefer!r}: choose 'speed' or 'size'")
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    names = [leaf_name(path) for path, leaf in leaves if is_data(leaf)]
+    arrays = [jnp.asarray(leaf) for _, leaf in leaves if is_data(leaf)]
+    program = Program(fun, [tuple(np.shape(x)) for x in arrays], QuantizeError)
+    first, batches = _first(calibration)
+    found = _layers(program, names, params, arrays, first)
+    schemes = _schemes(found, names, scheme)
+    plan = _Plan(found, schemes, arrays, prefer, tune, method)
+    plan.choose()
+    wanted = wanted_by(method, {leaf: (plan.layers[leaf], plan.schemes[leaf]) for leaf in plan.chosen})
+    inputs = calibrate(program, names, params, batches, wanted, progress=progress) if wanted else {}
+    for layer in found.layers:
+        if layer.leaf in plan.chosen:
+            plan.write(layer, inputs)
+    values = iter([plan.values.get(i, x) for i, x in enumerate(arrays)])
+    new = jax.tree.unflatten(tree, [next(values) if is_data(leaf) else leaf for _, leaf in leaves])
+    return QuantizedProgram(program, names, plan.treated, plan.report(names)), new
+
+
+def _first(calibration: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    """The first batch, and an iterator over all of them."""
+    if hasattr(calibration, "shape") or isinstance(calibration, Mapping):
+        raise CalibrationError("calibration takes an iterable of batches: put a single one into a list")
+    iterator = iter(calibration)
+    for batch in iterator:
+        return batch, itertools.chain([batch], iterator)
+    raise CalibrationError("no calibration data: give one batch at least")
+
+
+def _layers(program: Program, names: Sequence[str], params: Any, arrays: Sequence[Any], batch: Any) -> Found:
+    given, static = split((params, arguments(batch), {}))
+    try:
+        graph, _ = program.trace(given, static, keep_custom=True)
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(f"batch 0 of the calibration data does not fit the program: {error}") from error
+    others = [jax.ShapeDtypeStruct(n.aval.shape, n.aval.dtype) for n in graph.inputs[len(arrays) :]]
+    return find_layers(graph, names, arrays, others)
+
+
+def _schemes(found: Found, names: Sequence[str], scheme: Scheme) -> dict[int, Scheme | None]:
+    """What holds for each layer, by the position of its parameter; complains of exceptions that fit nothing."""
+    used: list[Override] = []
+    schemes: dict[int, Scheme | None] = {}
+    for layer in found.layers:
+        settled, override = scheme, None
+        for read in layer.reads:
+            settled, override = scheme.at(layer.name, read.position, found.products)  # type: ignore[assignment]
+            if override is not None:
+                break
+        schemes[layer.leaf] = settled
+        used += [
+            o for o in scheme.overrides if any(o.fits(layer.name, r.position, found.products) for r in layer.reads)
+        ]
+    for leaf in found.others:
+        used += [o for o in scheme.overrides if o.fits(names[leaf], None, found.products)]
+    idle = [o for o in scheme.overrides if not any(o is u for u in used)]
+    if idle:
+        message = f"{', '.join(repr(o.match) for o in idle)} fits no parameter and no product that reads one"
+        if scheme.unmatched == "error":
+            raise SchemeError(f"{message}; parameters are {', '.join(x.name for x in found.layers[:12])}")
+        warnings.warn(message, QuantizationWarning, stacklevel=3)
+    return schemes
+
+
+@dataclass
+class _Choice:
+    form: str
+    seconds: Mapping[str, float]
+    reason: str = ""
+
+
+class _Plan:
+    """What becomes of each layer, as it is settled."""
+
+    def __init__(
+        self,
+        found: Found,
+        schemes: Mapping[int, Scheme | None],
+        arrays: Sequence[Any],
+        prefer: Prefer,
+        tune: str,
+        method: Method,
+    ):
+        self.found, self.arrays = found, arrays
+        self.layers: dict[int, Layer] = {x.leaf: x for x in found.layers}
+        self.schemes: dict[int, Any] = dict(schemes)
+        self.chosen: dict[int, _Choice] = {}
+        self.left: dict[int, _Choice] = {}
+        self.values: dict[int, Quantized] = {}
+        self.treated: dict[int, Treated] = {}
+        self._prefer, self._tune, self._method = prefer, tune, method
+        self._written: dict[int, tuple[Written, float, Static | None]] = {}
+
+    def choose(self) -> None:
+        """Settles the form of each layer."""
+        total = sum(x.size * x.dtype.itemsize for x in self.arrays)
+        timings = Timings(total)
+        for layer in self.found.layers:
+            scheme = self.schemes[layer.leaf]
+            if scheme is None or scheme.weights is None:
+                self.left[layer.leaf] = _Choice(FLOAT, {}, "left out by the scheme")
+                continue
+            choice = self._choice(layer, scheme, timings)
+            (self.left if choice.form == FLOAT else self.chosen)[layer.leaf] = choice
+
+    def _choice(self, layer: Layer, scheme: Scheme, timings: Timings) -> _Choice:
+        forms = forms_of(layer, scheme)
+        if self._tune == "off":
+            return _Choice("dequantize" if scheme.activations is None else forms[0], {})
+        seconds = timings.of(layer, scheme)
+        best = min(forms, key=lambda f: seconds[f])
+        if self._prefer == "speed" and seconds[best] > _MARGIN * seconds[FLOAT]:
+            return _Choice(FLOAT, seconds, f"{best} takes {seconds[best] / seconds[FLOAT]:.2f} times as long")
+        return _Choice(best, seconds)
+
+    def write(self, layer: Layer, inputs: Mapping[int, Inputs]) -> None:
+        """Writes a parameter and settles what happens at its products."""
+        scheme, form, array = self.schemes[layer.leaf], self.chosen[layer.leaf].form, self.arrays[layer.leaf]
+        written = self._method.write(layer, array, scheme, inputs.get(layer.position))
+        error = _relative_error(array, written)
+        self.values[layer.leaf] = laid_out(layer, written.quantized, form)
+        static = None
+        for read in layer.reads:
+            static = _static(scheme, inputs.get(read.position), written.smooth)
+            self.treated[read.position] = Treated(
+                layer.leaf, read.side, scheme, form, static, written.smooth, written.correction
+            )
+        self._written[layer.leaf] = (written, error, static)
+
+    def report(self, names: Sequence[str]) -> QuantizationReport:
+        """What became of everything."""
+        rows = [self._layer_report(layer) for layer in self.found.layers]
+        for leaf, why in self.found.others.items():
+            size = _bytes(self.arrays[leaf])
+            rows.append(LayerReport(names[leaf], None, "", None, FLOAT, {}, None, None, size, size, None, why))
+        before = sum(map(_bytes, self.arrays))
+        after = sum(_bytes(self.values.get(i, x)) for i, x in enumerate(self.arrays))
+        return QuantizationReport(tuple(rows), before, after)
+
+    def _layer_report(self, layer: Layer) -> LayerReport:
+        choice = self.chosen.get(layer.leaf) or self.left[layer.leaf]
+        array = self.arrays[layer.leaf]
+        _, error, static = self._written.get(layer.leaf, (None, None, None))
+        return LayerReport(
+            layer.name,
+            layer.position,
+            describe(layer.reads[0].node),
+            self.schemes[layer.leaf],
+            choice.form,
+            dict(choice.seconds),
+            None if static is None else static.low,
+            None if static is None else static.high,
+            _bytes(array),
+            _bytes(self.values.get(layer.leaf, array)),
+            error,
+            choice.reason,
+        )
+
+
+def _static(scheme: Scheme, inputs: Inputs | None, smooth: Any) -> Static | None:
+    form = scheme.activations
+    if form is None or scheme.dynamic or not form.has_scale:
+        return None
+    assert inputs is not None
+    if smooth is not None:
+        if inputs.largest is None:
+            raise ValueError("a method that smooths static activations has to ask for columns")
+        most = float(np.max(inputs.largest / smooth))
+        return Static.of(form, -most, most)
+    levels = int(form.high - form.low) + 1 if form.is_integer else 2**form.bits
+    return Static.of(form, *scheme.observer.range(inputs.seen, levels, form.affine))
+
+
+def _relative_error(array: Any, written: Written) -> float | None:
+    if written.smooth is not None:
+        return None
+    exact = np.asarray(array, np.float64)
+    difference = np.asarray(written.quantized.dequantize(), np.float64) - exact
+    return float(np.linalg.norm(difference) / max(float(np.linalg.norm(exact)), 1e-300))
+
+
+def _bytes(x: Any) -> int:
+    return int(x.nbytes) if isinstance(x, Quantized) else int(x.size * x.dtype.itemsize)
