@@ -79,6 +79,17 @@ def test_work_and_bytes_are_those_of_the_smaller_program(name: str) -> None:
     assert groups.bytes(kept) == sum(4 * np.prod(leaf.shape) for leaf in jax.tree.leaves(small))
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_shrinking_takes_away_just_that(name: str) -> None:
+    fun, shapes, x = PROGRAMS[name]
+    rng = np.random.default_rng(5)
+    params, data = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), (shapes, x))
+    groups = autoinfer.channel_groups(fun, params, data)
+    kept = _some(groups)
+    _, small = autoinfer.shrink(fun, params, groups.masks(kept), data)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(small)) == groups.bytes(kept) < groups.bytes()
+
+
 def test_work_by_hand() -> None:
     counts = {
         # Per pixel: 3·3·2·6, two between 6 and 8 channels, one filter for each of 6; then a product of 150 × 4.
