@@ -5,6 +5,25 @@ from jaxinfer.differentiation.laplacian.transform import laplacian
 from jaxinfer.differentiation.transform import grad, hvp, jvp, value_and_grad, vjp
 from jaxinfer.optimize import Frozen, Optimized, optimize
 from jaxinfer.program import VerificationWarning
+from jaxinfer.quantization.calibrate import CalibrationError
+from jaxinfer.quantization.observers import KL, MSE, AbsMax, Percentile
+from jaxinfer.quantization.program import QuantizeError
+from jaxinfer.quantization.quantize import QuantizationWarning, quantize
+from jaxinfer.quantization.scheme import (
+    BF16,
+    F16,
+    FP8,
+    Format,
+    Group,
+    Int4,
+    Int8,
+    Int8Dynamic,
+    Int8Weights,
+    Override,
+    Scheme,
+    SchemeError,
+)
+from jaxinfer.quantization.tensor import Quantized
 from jaxinfer.rewriting import Rule, RuleError
 from jaxinfer.sparsity.batches import BatchesExhausted
 from jaxinfer.sparsity.checkpoint import CheckpointMismatch
@@ -26,21 +45,41 @@ from jaxinfer.sparsity.whole_program import ShrinkError
 from jaxinfer.storage import Loaded, StorageError, load, save
 
 __all__ = [
+    "BF16",
+    "F16",
+    "FP8",
+    "KL",
     "L0",
+    "MSE",
     "NM",
+    "AbsMax",
     "BatchesExhausted",
     "Block",
+    "CalibrationError",
     "CheckpointMismatch",
     "Cubic",
     "Distillation",
     "Diverged",
+    "Format",
     "Frozen",
+    "Group",
+    "Int4",
+    "Int8",
+    "Int8Dynamic",
+    "Int8Weights",
     "Learned",
     "Loaded",
     "Magnitude",
     "Optimized",
+    "Override",
+    "Percentile",
+    "QuantizationWarning",
+    "QuantizeError",
+    "Quantized",
     "Rule",
     "RuleError",
+    "Scheme",
+    "SchemeError",
     "ShrinkError",
     "ShrinkWarning",
     "Shrunk",
@@ -63,6 +102,7 @@ __all__ = [
     "low_rank",
     "optimize",
     "prune_updates",
+    "quantize",
     "save",
     "shrink",
     "value_and_grad",
