@@ -36,6 +36,7 @@ MATTERS = {
     "haiku_vqvae": "distances are summed",
     "jax2onnx_cond": "channels are summed",
     "jax2onnx_exclusive_attention": "features of a head are divided by their norm",
+    "jax2onnx_vmapped_while": "the mean of all channels says when to stop",
     "jax_mnist_vae": "noise is added to nothing",
 }
 
