@@ -148,23 +148,24 @@ def decide(
     masked = np.zeros(shape, bool) if mask is None else ~mask
     cut = (now < ALIVE) & (before == ALIVE)
     spare = masked if only_masked else masked | (now < ALIVE)
+    if 0 in shape:
+        return parameter
     removed, void, frozen = [], [], []
     for axis in range(len(shape)):
         others = tuple(a for a in range(len(shape)) if a != axis)
-        if 0 in shape:
-            removed.append(NONE)
-            void.append(NONE)
-            frozen.append(NONE)
-            continue
         goes = spare.all(axis=others) & (masked.all(axis=others) | cut.any(axis=others))
         goes[stays[axis]] = False
-        needed = (~masked & (now == NUMBER)).any(axis=others)
-        unused = (~masked & (now == UNUSED)).any(axis=others)
         removed.append(np.flatnonzero(goes))
-        frozen.append(np.flatnonzero(goes & needed))
-        void.append(np.flatnonzero(goes & unused & ~needed))
+    for axis in range(len(shape)):
+        others = tuple(a for a in range(len(shape)) if a != axis)
+        # What goes along another axis anyway says nothing about this one.
+        rest = _there(shape, [NONE if a == axis else r for a, r in enumerate(removed)]) & ~masked
+        needed, unused = (rest & (now == NUMBER)).any(axis=others), (rest & (now == UNUSED)).any(axis=others)
+        frozen.append(np.intersect1d(removed[axis], np.flatnonzero(needed)))
+        void.append(np.intersect1d(removed[axis], np.flatnonzero(unused & ~needed)))
     fill = np.where(_there(shape, removed) | ~_there(shape, void), np.zeros((), values.dtype), values)
-    if not np.any(fill):
+    # A parameter none of which is needed may as well be zero.
+    if not np.any(fill) or not np.any(~masked & (now != UNUSED)):
         fill = np.zeros((1,) * len(shape), values.dtype)
     return replace(parameter, removed=tuple(removed), void=tuple(void), frozen=tuple(frozen), fill=fill)
 

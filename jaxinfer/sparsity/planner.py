@@ -17,7 +17,7 @@ from jaxinfer.sparsity.small_program import replayed
 from jaxinfer.sparsity.whole_program import Structure, WholeProgram
 
 # Each round keeps some slices that the one before took away; the last one keeps what is left in question.
-_ROUNDS = 6
+_ROUNDS = 16
 Stays = Sequence[Sequence[Indices]]
 """For each parameter and axis the slices that are not to go."""
 
@@ -91,7 +91,8 @@ class Planner:
         """
         kept = [[NONE] * len(p.shape) for p in self.whole] if stays is None else [list(s) for s in stays]
         remarks: list[str] = []
-        for attempt in range(_ROUNDS):
+        for attempt in range(_ROUNDS + 1):
+            only_masked = only_masked or attempt == _ROUNDS - 1
             parameters = self._decided(kept, only_masked)
             domain = Replay()
             try:
@@ -99,10 +100,14 @@ class Planner:
             except Undefined as error:
                 if only_masked:
                     raise
-                remarks.append(f"slices that seemed unused stay: {error} are needed")
-                only_masked = True
+                remarks.append(f"stay although nothing seemed to need them: {error}")
+                if error.leaf is not None:
+                    leaf, axis = error.leaf
+                    kept[leaf] = list(with_slices(kept[leaf], {axis: set(error.indices.tolist())}))
+                else:
+                    only_masked = True
                 continue
-            if not domain.expanded or attempt == _ROUNDS - 1:
+            if not domain.expanded or attempt >= _ROUNDS - 1:
                 break
             # A slice that is put back wherever it is read had better stay.
             for (leaf, axis), indices in domain.expanded.items():

@@ -100,9 +100,10 @@ class Replay(Emit):
         try:
             return rule(node, *inputs)
         except Undefined as error:
-            if error.where is None:
-                raise Undefined(str(error), f"{node.op} ({_jax.source_line(node.source)})") from error
-            raise
+            if error.where:
+                raise
+            where = f"{node.op} ({_jax.source_line(node.source)})"
+            raise Undefined(error.value, error.axis, error.indices, where) from error
         finally:
             self._at.pop()
 

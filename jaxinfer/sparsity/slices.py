@@ -27,12 +27,18 @@ class Undefined(Exception):
     """Something that was left out because nothing seemed to depend on it is needed after all.
 
     Attributes:
-        where: the operation that needs it.
+        value: the value.
+        axis: along which it is missing.
+        indices: the slices that are missing.
+        leaf: the number of the parameter and its axis that this is, if it is one.
+        where: the operation that needs them.
     """
 
-    def __init__(self, what: str, where: str | None = None):
-        super().__init__(what if where is None else f"{what} in {where}")
-        self.where = where
+    def __init__(self, x: Sliced, axis: int, indices: Indices, where: str = ""):
+        place = f" in {where}" if where else ""
+        super().__init__(f"slices {indices.tolist()} of axis {axis} of an array of shape {x.shape}{place}")
+        self.value, self.axis, self.indices, self.where = x, axis, indices, where
+        self.leaf = x.leaf[axis] if x.leaf else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +258,7 @@ def part(
         inside = np.isin(want, keep)
         if not inside.all():
             if not anything and np.isin(want, x.void[axis]).any():
-                raise Undefined(f"slices {want[np.isin(want, x.void[axis])].tolist()} of axis {axis} of {x.shape}")
+                raise Undefined(x, axis, np.intersect1d(want, x.void[axis]))
             if log is not None:
                 log(x, axis, want[~inside])
             masks[axis] = inside

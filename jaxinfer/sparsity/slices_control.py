@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import _jax
-from jaxinfer.graph import Graph, Node, interpret
+from jaxinfer.graph import Graph, Node, Value, interpret
 from jaxinfer.sparsity.slices import (
     LARGEST_KNOWN,
     NONE,
@@ -28,6 +28,7 @@ from jaxinfer.sparsity.slices import (
     whole,
     without,
 )
+from jaxinfer.sparsity.slices_elementwise import RULES as ELEMENTWISE
 
 Rule = Callable[..., Sequence[Any]]
 
@@ -54,9 +55,7 @@ class Form:
 
     def same(self, other: Form) -> bool:
         """Whether two forms keep the same."""
-        return all(
-            a is b if a is None or b is None else np.array_equal(a, b) for a, b in zip(self.keep, other.keep)
-        )
+        return all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in zip(self.keep, other.keep))
 
 
 def form_of(x: Any) -> Form | None:
@@ -343,6 +342,8 @@ def custom(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
     values = [settled(domain, x) for x in inputs]
     graph = domain.traced(node.params["call_jaxpr"])
     active = [i for i, v in enumerate(node.inputs) if _jax.has_tangent(v.aval) and not values[i].known]
+    if node.op == "custom_vjp_call" and not _is_pointwise(_cotangents(domain, node, active)):
+        return domain.densely(node, *inputs)
     out: list[Form | None] = []
 
     def put(arrays: Sequence[Any]) -> list[Sliced]:
@@ -366,10 +367,6 @@ def _bound(node: Node) -> Callable[..., list[Any]]:
     return lambda *xs: _jax.bind(node.primitive, xs, dict(node.params))
 
 
-def _derivative_graph(domain: Any, fun: Callable[..., Any], avals: Sequence[Any]) -> Graph:
-    return domain.traced(_jax.make_jaxpr(fun, avals))
-
-
 def _filled_with_zeros(x: Sliced, array: Any) -> Sliced:
     """A tangent of a value: what is missing does not change."""
     return made(x.shape, array, x.keep, None, None, x.void)
@@ -381,15 +378,15 @@ def _forward(domain: Any, node: Node, primal: Any, put: Any, active: Sequence[in
 
     def tangents(*operands: Any) -> list[Any]:
         xs, ts = operands[: len(avals)], operands[len(avals) :]
-        seeds = [jnp.zeros(a.shape, _jax.tangent_aval(a).dtype) for a in avals]
+        seeds = [np.zeros(a.shape, _jax.tangent_aval(a).dtype) for a in avals]
         for i, t in zip(active, ts):
             seeds[i] = t
-        results, changes = jax.jvp(_bound(node), xs, seeds)
+        results, changes = jax.jvp(_bound(node), tuple(xs), tuple(seeds))
         return [*results, *changes]
 
     @call.defjvp
     def jvp(primals: Any, changes: Any) -> Any:
-        graph = _derivative_graph(domain, tangents, [*avals, *(avals[i] for i in active)])
+        graph = domain.traced(_jax.make_jaxpr(tangents, [*avals, *(avals[i] for i in active)]))
         values = put(primals)
         moved = [_filled_with_zeros(values[i], t) for i, t in zip(active, changes)]
         found = interpret(graph, domain, *values, *moved)
@@ -401,10 +398,9 @@ def _forward(domain: Any, node: Node, primal: Any, put: Any, active: Sequence[in
     return call
 
 
-def _backward(domain: Any, node: Node, primal: Any, put: Any, active: Sequence[int], out: list[Form | None]) -> Any:
-    """Cotangents of what is missing are zero, which is right only where elements do not meet."""
+def _cotangents(domain: Any, node: Node, active: Sequence[int]) -> Graph:
+    """(operands, cotangents of the results) → cotangents of the active operands, by the function's own rule."""
     avals = [v.aval for v in node.inputs]
-    call = jax.custom_vjp(primal)
 
     def cotangents(*operands: Any) -> list[Any]:
         xs, cts = operands[: len(avals)], operands[len(avals) :]
@@ -418,11 +414,27 @@ def _backward(domain: Any, node: Node, primal: Any, put: Any, active: Sequence[i
         _, back = jax.vjp(moving, *(xs[i] for i in active))
         return list(back(list(cts)))
 
+    return domain.traced(_jax.make_jaxpr(cotangents, [*avals, *node.avals]))
+
+
+def _is_pointwise(graph: Graph) -> bool:
+    """Whether no two elements meet: results have the shape of the inputs, and all operations act on elements."""
+    shape = graph.out_avals[0].shape
+    same = all(getattr(v.aval, "shape", None) == shape for v in (*graph.outputs, *(Value(n, 0) for n in graph.inputs)))
+    return same and all(
+        node.op in ELEMENTWISE or (node.op == "broadcast_in_dim" and not node.inputs[0].shape) for node in graph.nodes
+    )
+
+
+def _backward(domain: Any, node: Node, primal: Any, put: Any, active: Sequence[int], out: list[Form | None]) -> Any:
+    """Cotangents of what is missing are taken as zero, which is right where elements do not meet."""
+    call = jax.custom_vjp(primal)
+    graph = _cotangents(domain, node, active)
+
     def forward(*arrays: Any) -> Any:
         return primal(*arrays), arrays
 
     def backward(arrays: Any, cts: Any) -> Any:
-        graph = _derivative_graph(domain, cotangents, [*avals, *node.avals])
         values = put(arrays)
         given = [ct if f is None else made(f.shape, ct, f.keep, None, None, f.void) for f, ct in zip(out, cts)]
         found = interpret(graph, domain, *values, *given)

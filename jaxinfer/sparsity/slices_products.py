@@ -60,9 +60,9 @@ def summed(x: Sliced, a: int, w: Sliced, b: int, alone: bool) -> Summed:
     size = x.shape[a]
     zero = merged(x.zero_at(a), w.zero_at(b))
     rest = without(size, zero)
-    void = merged(x.void[a], w.void[b])
-    if np.isin(rest, void).any():
-        raise Undefined(f"slices {np.intersect1d(rest, void).tolist()} that are summed over")
+    for y, axis in ((x, a), (w, b)):
+        if np.isin(rest, y.void[axis]).any():
+            raise Undefined(y, axis, np.intersect1d(rest, y.void[axis]))
     both = np.intersect1d(x.removed(a), w.removed(b)) if alone else NONE
     constant = np.intersect1d(rest, both)
     return Summed(np.setdiff1d(rest, constant), constant)
@@ -366,7 +366,7 @@ def _outputs(w: Sliced, axis: int, kept: Indices, deep: int) -> tuple[Indices, I
         # A group with fewer channels gets some back: none that is void, if there are others.
         order = np.argsort(wanted[g] * -2 + void[g], kind="stable")
         if void[g][order[:most]].any():
-            raise Undefined(f"channels {order[:most][void[g][order[:most]]].tolist()} of group {g}")
+            raise Undefined(w, axis, g * deep + order[:most][void[g][order[:most]]])
         wanted[g][order[:most]] = True
     chosen = np.zeros_like(keeps)
     chosen[kept] = wanted[kept]

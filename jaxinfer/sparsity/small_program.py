@@ -28,6 +28,7 @@ class Shrunk:
         masks: masks of the small parameters, a tree like them: what is masked but could not go. None for leaves that
             keep everything.
         report: what went and what stayed.
+        kept: for each parameter by name, for each axis, the slices of the whole parameter that are left.
     """
 
     def __init__(self, program: WholeProgram, parameters: Sequence[Parameter], masks: Any, report: ShrinkReport):
@@ -36,6 +37,9 @@ class Shrunk:
         self._jit = jax.jit(self._run, static_argnums=1)
         self.masks = masks
         self.report = report
+        self.kept = {
+            p.name: tuple(np.arange(n) if k is None else k for n, k in zip(p.shape, p.keep)) for p in self._parameters
+        }
         functools.update_wrapper(self, program.fun, updated=())
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:

@@ -52,9 +52,7 @@ def lost_share(groups: Groups, report: Any) -> float:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in EVERYTHING]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in EVERYTHING])
 def test_a_shrunk_program_equals_the_masked_one(name: str, dtype: Any) -> None:
     with precision(dtype):
         made = EVERYTHING[name](dtype)
