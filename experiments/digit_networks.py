@@ -92,7 +92,7 @@ class Training:
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW with the schedule."""
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.rate, max(self.steps // 10, 1), self.steps)
+        rate = optax.warmup_cosine_decay_schedule(0.0, self.rate, max(self.steps // 10, 1), max(self.steps, 2))
         return optax.adamw(rate, weight_decay=self.decay)
 
     def batches(self, network: Network, images: np.ndarray, classes: np.ndarray, seed: int) -> Callable[[int], Batch]:

@@ -26,6 +26,8 @@ from jaxinfer.sparsity.groups import Groups
 
 # With one-sided 95 % confidence a network may lose this many points more than its goal says.
 _MARGIN = 0.3
+# Added to the seed of batches that pretraining sees.
+_EARLIER = 1_000_000
 _TINY = {"every": 25, "steps": 6, "folds": 2}
 
 
@@ -60,10 +62,10 @@ def sparsify(
 
     Args:
         request: where to print and write, and the batch sizes to time; its models play no part.
-        networks: names in `digit_networks.NETWORKS`, each with ``training`` (fields of `Training`), ``method`` (its
-            ``name`` in `autoinfer`, and its fields), ``granularity``, ``teach`` (the weight of distillation from the
-            dense network) and ``goals`` (each a ``target`` and the ``loss`` in points that is allowed); None leaves one
-            out.
+        networks: names in `digit_networks.NETWORKS`, each with ``training`` (fields of `Training`), ``pretraining``
+            (the same, or None: what both networks learn before anything is pruned), ``method`` (its ``name`` in
+            `autoinfer`, and its fields), ``granularity``, ``teach`` (the weight of distillation from the dense network)
+            and ``goals`` (each a ``target`` and the ``loss`` in points that is allowed); None leaves one out.
         folds: how many.
         seed: of the folds, the first weights and the batches.
         timed: in how many folds programs are timed.
@@ -102,7 +104,8 @@ def sparsify(
 
 
 def _smallest(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {**options, "training": {**options["training"], "steps": _TINY["steps"]}}
+    phases = {k: {**options[k], "steps": _TINY["steps"]} for k in ("pretraining", "training") if options.get(k)}
+    return {**options, **phases}
 
 
 def learn(
@@ -129,6 +132,10 @@ def learn(
     seed = here.folds * here.seed + here.fold
     feed = training.batches(network, images[train_on], classes[train_on], seed)
     start = network.start(images, jax.random.key(seed))
+    if options.get("pretraining"):
+        first = Training(**options["pretraining"])
+        earlier = first.batches(network, images[train_on], classes[train_on], _EARLIER + seed)
+        start = train(network, start, earlier, first)
     dense = train(network, start, feed, training)
     x, judged = network.inputs(images[held_out]), classes[held_out]
     dense_right = is_right(network.apply, dense, x, judged)
