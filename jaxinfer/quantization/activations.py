@@ -87,12 +87,12 @@ def dynamic(x: Any, form: Format, axes: tuple[int, ...]) -> Codes:
         form: an integer format.
         axes: those along which entries share a scale (all of them, per tensor).
     """
-    if not form.affine:
-        low, high = None, _largest(x, axes)
-        low = -high
-    else:
+    if form.affine:
         low, high = (f(x.astype(jnp.float32), axes, keepdims=True) for f in (jnp.min, jnp.max))
-    scale, zero_point = scale_of(low, high, form)
+        scale, zero_point = scale_of(low, high, form)
+    else:
+        largest = _largest(x, axes)
+        scale, zero_point = scale_of(-largest, largest, form)
     return encode(x, form, scale, None if zero_point is None else zero_point.astype(jnp.int32))
 
 
@@ -107,15 +107,20 @@ def _largest(x: Any, axes: tuple[int, ...]) -> Any:
 
 def encode(x: Any, form: Format, scale: Any, zero_point: Any) -> Codes:
     """The nearest codes at a given scale. What lies outside the range goes to its ends; NaN becomes any code."""
-    y = x.astype(jnp.float32) * (1 / jnp.asarray(scale, jnp.float32))
-    low, high = np.float32(form.low), np.float32(form.high)
+    y = x.astype(jnp.float32) * (np.float32(1) / scale)
+    low: Any = np.float32(form.low)
+    high: Any = np.float32(form.high)
     if zero_point is not None:
-        zero = jnp.asarray(zero_point, jnp.float32)
+        zero = zero_point.astype(np.float32)
         low, high = low - zero, high - zero
-    bits = lax.bitcast_convert_type(jnp.clip(y, low, high) + _ROUND, jnp.int32)
+    bits = lax.bitcast_convert_type(lax.min(lax.max(y, _like(low, y)), _like(high, y)) + _ROUND, jnp.int32)
     if zero_point is not None:
-        bits = bits + jnp.asarray(zero_point, jnp.int32)
+        bits = bits + zero_point
     return Codes(bits.astype(jnp.int8), scale, zero_point, x.dtype)
+
+
+def _like(bound: Any, y: Any) -> Any:
+    return jnp.broadcast_to(bound, y.shape)
 
 
 # -- more precise than one code ---------------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ def digits(x: Any) -> tuple[Any, Any]:
     """
     x = x.astype(jnp.float32)
     most = np.float32((_BASE - 2) * _BASE ** (DIGITS - 1))
-    largest = jnp.maximum(_largest(x, (1,)), jnp.finfo(jnp.float32).tiny * most)
+    largest = jnp.maximum(_largest(x, (1,)), np.float32(np.finfo(np.float32).tiny * most))
     scale = largest / most
     rest = jnp.round(x / scale).astype(jnp.int32)
     found = []

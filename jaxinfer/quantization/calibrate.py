@@ -148,10 +148,9 @@ def _check(number: int, args: Any, first: Any) -> None:
             raise CalibrationError(f"{where} holds NaN or infinity in argument {_name(path)}")
     if first is None:
         return
-    if jax.tree.structure(args) != jax.tree.structure(first):
-        raise CalibrationError(
-            f"{where} has another structure than batch 0: {jax.tree.structure(args)}, not {jax.tree.structure(first)}"
-        )
+    mine: Any = jax.tree.structure(args)
+    if mine != jax.tree.structure(first):
+        raise CalibrationError(f"{where} has another structure than batch 0: {mine}, not {jax.tree.structure(first)}")
     old = jax.tree.leaves(first)
     for (path, x), y in zip(leaves, old):
         if not hasattr(x, "dtype") or not hasattr(y, "dtype"):

@@ -189,6 +189,9 @@ def _square_error(seen: Seen, low: float, high: float, levels: int) -> float:
 def _divergence(seen: Seen, low: float, high: float, levels: int) -> float:
     assert seen.counts is not None
     x, p = seen.centres, seen.counts.copy()
+    # Zero has a code of its own in every range: a spike there (what a ReLU leaves) says nothing.
+    middle = BINS // 2
+    p[middle - 1 : middle + 1] = np.minimum(p[middle - 1 : middle + 1], max(p[middle - 2], p[middle + 1]))
     first, last = np.searchsorted(x, low), np.searchsorted(x, high) - 1
     if last - first + 1 < levels:
         return np.inf

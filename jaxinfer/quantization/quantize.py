@@ -165,7 +165,7 @@ class _Plan:
         self.values: dict[int, Quantized] = {}
         self.treated: dict[int, Treated] = {}
         self._prefer, self._tune, self._method = prefer, tune, method
-        self._written: dict[int, tuple[Written, float, Static | None]] = {}
+        self._written: dict[int, tuple[float | None, Static | None]] = {}
 
     def choose(self) -> None:
         """Settles the form of each layer."""
@@ -201,7 +201,7 @@ class _Plan:
             self.treated[read.position] = Treated(
                 layer.leaf, read.side, scheme, form, static, written.smooth, written.correction
             )
-        self._written[layer.leaf] = (written, error, static)
+        self._written[layer.leaf] = (error, static)
 
     def report(self, names: Sequence[str]) -> QuantizationReport:
         """What became of everything."""
@@ -216,7 +216,7 @@ class _Plan:
     def _layer_report(self, layer: Layer) -> LayerReport:
         choice = self.chosen.get(layer.leaf) or self.left[layer.leaf]
         array = self.arrays[layer.leaf]
-        _, error, static = self._written.get(layer.leaf, (None, None, None))
+        error, static = self._written.get(layer.leaf, (None, None))
         return LayerReport(
             layer.name,
             layer.position,

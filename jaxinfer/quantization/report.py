@@ -80,7 +80,7 @@ class QuantizationReport:
                 "" if layer.position is None else str(layer.position),
                 layer.name,
                 layer.product,
-                str(layer.scheme) if layer.is_quantized else "",
+                _numbers(layer.scheme) if layer.is_quantized else "",
                 layer.form,
                 _microseconds(layer.seconds.get("float")),
                 _microseconds(layer.seconds.get(layer.form)) if layer.is_quantized else "",
@@ -94,6 +94,13 @@ class QuantizationReport:
         text = io.StringIO()
         Console(file=text, width=200).print(self.table())
         return text.getvalue()
+
+
+def _numbers(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return ""
+    formats = [str(f) for f in (scheme.weights, scheme.activations) if f is not None]
+    return " × ".join(formats) + (" (dynamic)" if scheme.dynamic else "")
 
 
 def _microseconds(seconds: float | None) -> str:

@@ -198,6 +198,8 @@ class Scheme:
             return
         if weights is None or weights.is_integer != activations.is_integer:
             raise SchemeError(f"a product of {activations.number} takes weights of the same kind, not {weights}")
+        if weights.affine:
+            raise SchemeError("weights of integer products are symmetric: only activations have zero points")
         if isinstance(weights.per, Group):
             raise SchemeError("weights in groups are multiplied in floating point: leave activations=None")
 
@@ -215,8 +217,7 @@ class Scheme:
     def __str__(self) -> str:
         if self.activations is None:
             return f"weights {self.weights}"
-        how = "dynamic" if self.dynamic else "static"
-        return f"weights {self.weights}, activations {self.activations}, {how}"
+        return f"weights {self.weights}, {'dynamic' if self.dynamic else 'static'} activations {self.activations}"
 
 
 def Int8(
