@@ -147,6 +147,8 @@ def _pad(x: Array, low: Sequence[int], high: Sequence[int], gaps: Sequence[int] 
 
 def _cut(x: Array, start: Sequence[int], size: Sequence[int], strides: Sequence[int]) -> Array:
     """x[:, start + strides * i] for i < size, along the spatial axes."""
+    if (*size,) == x.shape[1 : 1 + len(size)]:
+        return x
     rest = x.shape[1 + len(start) :]
     stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, size, strides)]
     return lax.slice(x, (0, *start, *[0] * len(rest)), (x.shape[0], *stop, *rest), (1, *strides, *[1] * len(rest)))
@@ -273,17 +275,18 @@ def _dense_image(ct: Array, kernel: Array, shape: Sequence[int], window: Window)
         precision=window.precision,
         preferred_element_type=window.dtype,
     )
-    columns = product.reshape(*ct.shape[:-1], len(taps), channels)
     if len(taps) == 1:
         gaps = [s - 1 for s in window.strides]
         reach = [(n - 1) * s + 1 for n, s in zip(ct.shape[1:], window.strides)]
         high = [n + b - r for n, b, r in zip(size, window.before, reach)]
-        return _pad(columns[..., 0, :], [-b for b in window.before], high, gaps)
+        return _pad(lax.reshape(product, [*ct.shape[:-1], channels]), [-b for b in window.before], high, gaps)
+    columns = product.reshape(*ct.shape[:-1], len(taps), channels)
     index = {tap: i for i, tap in enumerate(taps)}
 
     def term(reads: Array, tap: tuple[int, ...], start: Sequence[int], length: Sequence[int]) -> Array:
-        mine = lax.slice_in_dim(reads, index[tap], index[tap] + 1, axis=reads.ndim - 2)
-        return _cut(mine, start, length, [1] * len(size))[..., 0, :]
+        low = (0, *start, index[tap], 0)
+        high = (reads.shape[0], *(a + n for a, n in zip(start, length)), index[tap] + 1, channels)
+        return lax.squeeze(lax.slice(reads, low, high), [reads.ndim - 2])
 
     return _spread(columns, size, window, term)
 
