@@ -1,7 +1,8 @@
 """Which form a product is computed in: timed layer by layer, at the shapes of the first batch.
 
-Forms are timed as programs of their own, from floating-point operands to a floating-point result: what a layer between
-two others of the same kind saves by handing codes on is not counted, so that no layer looks better than it is.
+Forms are timed as programs of their own. Where ranges are static, an integer form takes codes and hands codes on, as
+within a segment of such layers, and the floating-point forms are timed twice: among their like, and between codes that
+they have to read and write.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jax import lax
 from jaxinfer.analysis.weights import Weights, bound
 from jaxinfer.graph.node import param_key, params_key
 from jaxinfer.quantization import integer
-from jaxinfer.quantization.activations import Static
-from jaxinfer.quantization.forms import FLOAT, TURNED, Use, apply, forms_of
+from jaxinfer.quantization.activations import Codes, Static
+from jaxinfer.quantization.forms import FLOAT, TURNED, Use, apply, forms_of, real
 from jaxinfer.quantization.layers import Layer
 from jaxinfer.quantization.rows import columns, count, is_rows, result, rows
 from jaxinfer.quantization.scheme import Scheme
@@ -27,6 +28,7 @@ from jaxinfer.quantization.tensor import Quantized, quantize_array
 from jaxinfer.search.measure import time_candidates
 
 _BUDGET_S = 0.5
+BETWEEN = "float between codes"
 # Weights beyond this many bytes do not stay in a processor's caches from one call to the next.
 _CACHE_BYTES = 32 << 20
 _MOST_COPIES = 8
@@ -70,12 +72,23 @@ class Timings:
         calls: dict[str, Callable[[], Any]] = {}
         for name, fun in _float_forms(layer).items():
             calls[f"{FLOAT} {name}"] = self._call(fun, x, array if name != "turned" else columns_first(layer, array))
+        static = _static(scheme)
+        handed = x
+        if static is not None:
+            handed = static.codes(x).values
+            for name, fun in _float_forms(layer).items():
+                if name != "turned":
+                    calls[f"{BETWEEN} {name}"] = self._call(_on_codes(fun, static, x.dtype), handed, array)
         for form in forms_of(layer, scheme):
             quantized = laid_out(layer, written(layer, array, scheme), form)
-            calls[form] = self._call(_quantized(layer, scheme, form), x, quantized)
+            fun = _quantized(layer, scheme, form, static)
+            calls[form] = self._call(fun if static is None else _on_codes(fun, static, x.dtype), handed, quantized)
         times = dict(zip(calls, time_candidates(list(calls.values()), budget_s=_BUDGET_S)))
-        floats = [t for name, t in times.items() if name.startswith(FLOAT)]
-        return {FLOAT: min(floats), **{name: t for name, t in times.items() if not name.startswith(FLOAT)}}
+        found: dict[str, float] = {}
+        for name, seconds in times.items():
+            kind = next((k for k in (BETWEEN, FLOAT) if name.startswith(f"{k} ")), name)
+            found[kind] = min(seconds, found.get(kind, seconds))
+        return found
 
     def _call(self, fun: Callable[..., Any], x: Any, weights: Any) -> Callable[[], Any]:
         size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(weights))
@@ -112,16 +125,17 @@ def _float_forms(layer: Layer) -> dict[str, Callable[..., Any]]:
 
     def plain(x: Any, w: Any) -> Any:
         w = read.move(w)
+        x = real(x)
         return bound(node, [x, w] if side else [w, x])
 
     def product(x: Any, w: Any) -> Any:
-        return result(node, side, jnp.matmul(rows(node, side, x), columns(node, side, read.move(w))))
+        return result(node, side, jnp.matmul(rows(node, side, real(x)), columns(node, side, read.move(w))))
 
     def turned(x: Any, w: Any) -> Any:
         return result(node, side, lax.dot_general(rows(node, side, x), w, (((1,), (1,)), ((), ()))))
 
     def shifts(x: Any, w: Any) -> Any:
-        return integer.depthwise(x, read.move(w), node.params)
+        return integer.depthwise(real(x), read.move(w), node.params)
 
     found = {"plain": plain}
     if integer.is_pointwise(node):
@@ -131,15 +145,26 @@ def _float_forms(layer: Layer) -> dict[str, Callable[..., Any]]:
     return {"shifts": shifts} if integer.is_depthwise(node) else found
 
 
-def _quantized(layer: Layer, scheme: Scheme, form: str) -> Callable[..., Any]:
+def _quantized(layer: Layer, scheme: Scheme, form: str, static: Static | None) -> Callable[..., Any]:
     read = layer.reads[0]
-    activations = scheme.activations
-    static = None
-    if activations is not None and activations.has_scale and not scheme.dynamic:
-        # A zero point like any other: that of values from −3 to 5.
-        static = Static.of(activations, -3.0, 5.0)
 
     def run(x: Any, w: Quantized) -> Any:
         return apply(form, Use(read.node, read.side, Weights(layer.leaf, w, read.move, read.place), scheme, static), x)
+
+    return run
+
+
+def _static(scheme: Scheme) -> Static | None:
+    """For integers with static ranges, a range like any other: from −3 to 5."""
+    form = scheme.activations
+    return Static.of(form, -3.0, 5.0) if form is not None and form.is_integer and not scheme.dynamic else None
+
+
+def _on_codes(fun: Callable[..., Any], static: Static, dtype: Any) -> Callable[..., Any]:
+    """A product from codes to codes."""
+
+    def run(values: Any, weights: Any) -> Any:
+        x = Codes(values, static.scale, static.zero_point, dtype)
+        return static.codes(jnp.maximum(fun(x, weights), 0)).values
 
     return run

@@ -17,7 +17,7 @@ from jaxinfer.quantization.activations import Static
 from jaxinfer.quantization.calibrate import CalibrationError, Inputs, arguments, calibrate
 from jaxinfer.quantization.forms import FLOAT, forms_of
 from jaxinfer.quantization.layers import Found, Layer, find_layers
-from jaxinfer.quantization.measure import Timings, laid_out
+from jaxinfer.quantization.measure import BETWEEN, Timings, laid_out
 from jaxinfer.quantization.method import Method, Nearest, Written, wanted_by
 from jaxinfer.quantization.program import QuantizedProgram, QuantizeError, Treated
 from jaxinfer.quantization.report import LayerReport, QuantizationReport
@@ -178,13 +178,29 @@ class _Plan:
                 continue
             choice = self._choice(layer, scheme, timings)
             (self.left if choice.form == FLOAT else self.chosen)[layer.leaf] = choice
+        self._close_gaps()
+
+    def _close_gaps(self) -> None:
+        """Between two layers that hand codes on, a layer in floating point reads and writes codes: that is compared."""
+        order = [x.leaf for x in self.found.layers]
+        for before, leaf, after in zip(order, order[1:], order[2:]):
+            left = self.left.get(leaf)
+            if left is None or BETWEEN not in left.seconds or before not in self.chosen or after not in self.chosen:
+                continue
+            best = self._fastest(leaf, left.seconds)
+            if left.seconds[best] < _MARGIN * left.seconds[BETWEEN]:
+                del self.left[leaf]
+                self.chosen[leaf] = _Choice(best, left.seconds, "between codes")
+
+    def _fastest(self, leaf: int, seconds: Mapping[str, float]) -> str:
+        return min(forms_of(self.layers[leaf], self.schemes[leaf]), key=lambda f: seconds[f])
 
     def _choice(self, layer: Layer, scheme: Scheme, timings: Timings) -> _Choice:
         forms = forms_of(layer, scheme)
         if self._tune == "off":
             return _Choice("dequantize" if scheme.activations is None else forms[0], {})
         seconds = timings.of(layer, scheme)
-        best = min(forms, key=lambda f: seconds[f])
+        best = self._fastest(layer.leaf, seconds)
         if self._prefer == "speed" and seconds[best] > _MARGIN * seconds[FLOAT]:
             return _Choice(FLOAT, seconds, f"{best} takes {seconds[best] / seconds[FLOAT]:.2f} times as long")
         return _Choice(best, seconds)

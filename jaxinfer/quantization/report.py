@@ -22,7 +22,8 @@ class LayerReport:
         product: that product and its shapes.
         scheme: what was asked for; None where an exception says to leave it.
         form: the form that was chosen; ``"float"`` where it was left in floating point.
-        seconds: seconds of the product in each form that was timed; ``"float"`` is the fastest floating-point one.
+        seconds: seconds of the product in each form that was timed; ``"float"`` is the fastest floating-point one,
+            ``"float between codes"`` the same if it has to read and write them.
         low, high: the range of its other operand, where calibration settled that.
         before, after: bytes.
         error: ‖W − Ŵ‖ / ‖W‖, None where nothing was rounded.
@@ -50,9 +51,15 @@ class LayerReport:
     @property
     def ratio(self) -> float | None:
         """How many times faster the product is than the fastest floating-point form; None where not timed."""
-        if "float" not in self.seconds or self.form not in self.seconds:
+        if self.float_seconds is None or self.form not in self.seconds:
             return None
-        return self.seconds["float"] / self.seconds[self.form]
+        return self.float_seconds / self.seconds[self.form]
+
+    @property
+    def float_seconds(self) -> float | None:
+        """Seconds of the floating-point form that the chosen one was compared with; None where not timed."""
+        between = "float between codes" if self.reason == "between codes" else "float"
+        return self.seconds.get(between)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class QuantizationReport:
                 layer.product,
                 _numbers(layer.scheme) if layer.is_quantized else "",
                 layer.form,
-                _microseconds(layer.seconds.get("float")),
+                _microseconds(layer.float_seconds),
                 _microseconds(layer.seconds.get(layer.form)) if layer.is_quantized else "",
                 "" if layer.ratio is None or not layer.is_quantized else f"{layer.ratio:.2f}×",
                 "" if layer.error is None else f"{layer.error:.4f}",
