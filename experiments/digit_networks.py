@@ -66,7 +66,7 @@ class Network:
 NETWORKS = {
     "lenet300": Network(MLP((300, 100, 10)), digits.mnist, flat=True),
     "lenet5": Network(LeNet5(), digits.mnist),
-    "resnet": Network(ResNet((1, 1, 1), width=16, classes=10, stem=3, pool=False), digits.mnist, normalized=True),
+    "resnet": Network(ResNet((1, 1, 1), width=24, classes=10, stem=3, pool=False), digits.mnist, normalized=True),
     "mlp": Network(MLP((100, 50, 10)), digits.small, flat=True),
 }
 """By name: LeNet-300-100, LeNet-5 and a residual network on MNIST, a perceptron on scikit-learn's small digits."""
