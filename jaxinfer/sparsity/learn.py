@@ -81,6 +81,7 @@ def learn_masks(
 
     Raises:
         TargetError: the target cannot be met.
+        ValueError: nothing can be pruned, or there are too few steps for the method.
         TypeError: the loss is no floating-point scalar.
         Diverged: the loss or its gradient is not finite. The state before that step is in the exception, and in the
             checkpoint folder if there is one.
@@ -96,6 +97,8 @@ def learn_masks(
     steps = number_of_steps(batches, method.default_steps if steps is None else steps)
     wanted = as_target(target) if target is not None else None
     ready = method.prepare(loss, params, batches)
+    if (least := ready.settled_at(steps)) > steps:
+        raise ValueError(f"{method} settles masks after {least} steps: it needs more than steps={steps}")
     units = divide(params, granularity, wanted, prune=prune, groups=groups, fun=fun, args=args, readable=ready.readable)
     key = jax.random.key(0) if key is None else key
     plan = Plan(units, wanted, steps)

@@ -109,6 +109,8 @@ class Taylor(_Scored):
     memory: float = 0.98
 
     def start(self, plan: Plan, trained: Any, key: jax.Array) -> State:
+        if self.settled_at(plan.steps) == 0:
+            raise ValueError("Taylor scores come from training: the schedule must not end before the first step")
         return {**super().start(plan, trained, key), "scores": jnp.zeros(plan.units.size, jnp.float32)}
 
     def scores(self, plan: Plan, state: State, trained: Any) -> jax.Array:

@@ -94,6 +94,10 @@ def test_steps_and_batches():
         learn(steps=None)
     with pytest.raises(ValueError, match="negative"):
         learn(steps=-1)
+    with pytest.raises(ValueError, match="it needs more than steps=0"):
+        learn(steps=0)
+    with pytest.raises(ValueError, match="Taylor scores come from training"):
+        learn(method=autoinfer.Taylor(autoinfer.Cubic(0, 0)))
     assert learn(steps=None, batches=[batch(0), batch(1), batch(2)]).step == 3
 
 
