@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxinfer.analysis.structure import is_static
 from jaxinfer.graph import Node
 
 # The program grows with the positions of the window, and with the phases of the strides.
@@ -103,7 +102,8 @@ def _window(node: Node, ct: Any, x: Any, kernel: Any, what: str) -> Window | Non
     groups, channels = p["feature_group_count"], x.shape[x_spec[1]]
     if jax.default_backend() != "cpu" or p["batch_group_count"] != 1 or any(d != 1 for d in p["lhs_dilation"]):
         return None
-    if not is_static(ct, x, kernel) or 0 in (ct.size, x.size, kernel.size) or p.get("out_sharding") is not None:
+    sizes = [n for a in (ct, x, kernel) for n in a.shape]
+    if not all(type(n) is int and n > 0 for n in sizes) or p.get("out_sharding") is not None:
         return None
     taps = tuple(kernel.shape[i] for i in kernel_spec[2:])
     strides = tuple(p["window_strides"])
