@@ -78,9 +78,9 @@ def quantize(
     names = [leaf_name(path) for path, leaf in leaves if is_data(leaf)]
     arrays = [jnp.asarray(leaf) for _, leaf in leaves if is_data(leaf)]
     program = Program(fun, [tuple(np.shape(x)) for x in arrays], QuantizeError)
-    first, batches = _first(calibration)
-    found = _layers(program, names, params, arrays, first)
-    schemes = _schemes(found, names, scheme)
+    first, batches = first_batch(calibration)
+    found = layers_of(program, names, params, arrays, first)
+    schemes = schemes_of(found, names, scheme)
     plan = _Plan(found, schemes, arrays, prefer, tune, method)
     plan.choose()
     wanted = wanted_by(method, {leaf: (plan.layers[leaf], plan.schemes[leaf]) for leaf in plan.chosen})
@@ -93,7 +93,7 @@ def quantize(
     return QuantizedProgram(program, names, plan.treated, plan.report(names)), new
 
 
-def _first(calibration: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+def first_batch(calibration: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     """The first batch, and an iterator over all of them."""
     if hasattr(calibration, "shape") or isinstance(calibration, Mapping):
         raise CalibrationError("calibration takes an iterable of batches: put a single one into a list")
@@ -103,7 +103,7 @@ def _first(calibration: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     raise CalibrationError("no calibration data: give one batch at least")
 
 
-def _layers(program: Program, names: Sequence[str], params: Any, arrays: Sequence[Any], batch: Any) -> Found:
+def layers_of(program: Program, names: Sequence[str], params: Any, arrays: Sequence[Any], batch: Any) -> Found:
     given, static = split((params, arguments(batch), {}))
     try:
         graph, _ = program.trace(given, static, keep_custom=True)
@@ -113,7 +113,7 @@ def _layers(program: Program, names: Sequence[str], params: Any, arrays: Sequenc
     return find_layers(graph, names, arrays, others)
 
 
-def _schemes(found: Found, names: Sequence[str], scheme: Scheme) -> dict[int, Scheme | None]:
+def schemes_of(found: Found, names: Sequence[str], scheme: Scheme) -> dict[int, Scheme | None]:
     """What holds for each layer, by the position of its parameter; complains of exceptions that fit nothing."""
     used: list[Override] = []
     schemes: dict[int, Scheme | None] = {}
