@@ -5,7 +5,13 @@ from jaxinfer.differentiation.laplacian.transform import laplacian
 from jaxinfer.differentiation.transform import grad, hvp, jvp, value_and_grad, vjp
 from jaxinfer.optimize import Frozen, Optimized, optimize
 from jaxinfer.program import VerificationWarning
+from jaxinfer.quantization.aware import quantization_aware
+from jaxinfer.quantization.bias import BiasCorrected
 from jaxinfer.quantization.calibrate import CalibrationError
+from jaxinfer.quantization.clipping import Clipped
+from jaxinfer.quantization.gptq import GPTQ
+from jaxinfer.quantization.loss_scaling import loss_scaling
+from jaxinfer.quantization.mixed_precision import mixed_precision
 from jaxinfer.quantization.observers import KL, MSE, AbsMax, Percentile
 from jaxinfer.quantization.program import QuantizeError
 from jaxinfer.quantization.quantize import QuantizationWarning, quantize
@@ -23,6 +29,7 @@ from jaxinfer.quantization.scheme import (
     Scheme,
     SchemeError,
 )
+from jaxinfer.quantization.smoothing import SmoothQuant
 from jaxinfer.quantization.tensor import Quantized
 from jaxinfer.rewriting import Rule, RuleError
 from jaxinfer.sparsity.batches import BatchesExhausted
@@ -48,15 +55,18 @@ __all__ = [
     "BF16",
     "F16",
     "FP8",
+    "GPTQ",
     "KL",
     "L0",
     "MSE",
     "NM",
     "AbsMax",
     "BatchesExhausted",
+    "BiasCorrected",
     "Block",
     "CalibrationError",
     "CheckpointMismatch",
+    "Clipped",
     "Cubic",
     "Distillation",
     "Diverged",
@@ -83,6 +93,7 @@ __all__ = [
     "ShrinkError",
     "ShrinkWarning",
     "Shrunk",
+    "SmoothQuant",
     "StorageError",
     "StraightThrough",
     "Target",
@@ -99,9 +110,12 @@ __all__ = [
     "laplacian",
     "learn_masks",
     "load",
+    "loss_scaling",
     "low_rank",
+    "mixed_precision",
     "optimize",
     "prune_updates",
+    "quantization_aware",
     "quantize",
     "save",
     "shrink",
