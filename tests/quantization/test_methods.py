@@ -53,6 +53,24 @@ def test_gptq_is_better_than_nearest(data, per, act_order) -> None:
     assert gptq < 0.5 * nearest
 
 
+@pytest.mark.parametrize("per", ["channel", Group(3)], ids=str)
+def test_convolutions(per) -> None:
+    rng = np.random.default_rng(1)
+    # Neighbours are alike, as in an image.
+    x = np.cumsum(np.cumsum(rng.normal(size=(6, 7, 7, 4)) + 0.1, 1), 2).astype(np.float32)
+    params = jnp.asarray(rng.normal(size=(3, 3, 4, 5)), jnp.float32)
+
+    def convolution(w, x):
+        return jax.lax.conv_general_dilated(x, w, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    exact, errors = np.asarray(convolution(params, x)), []
+    for method in (Nearest(), BiasCorrected(GPTQ(clip=False))):
+        program, new = quantize(convolution, params, Scheme(Format("int4", per)), [x], method=method, tune="off")
+        errors.append(np.asarray(program(new, x)) - exact)
+    assert np.sum(errors[1] ** 2) < 0.5 * np.sum(errors[0] ** 2)
+    assert np.abs(errors[1].mean((0, 1, 2))).max() < 1e-4
+
+
 def test_smoothing_helps_where_a_channel_sticks_out(data) -> None:
     params, x = data
     plain, smooth = (np.sum(_error(params, x, Int8(), m) ** 2) for m in (Nearest(), SmoothQuant(0.5)))
