@@ -18,6 +18,8 @@ from jaxinfer.rewriting import Match, Rule, op, var
 
 # An element is turned around for this many multiplications or more; with 64 the turn was still the slower way.
 _LEAST_REUSE = 128
+# Over fewer rows a product is a few multiply-adds for each element of the result, which XLA writes out.
+_LEAST_ROWS = 8
 
 
 class _Product(NamedTuple):
@@ -56,7 +58,7 @@ def _when(m: Match) -> bool:
     if len(types) > 1 or not types <= {"float32", "float64"} or m.graph.is_known(a) or m.graph.is_known(b):
         return False
     product = _product(m)
-    return product is not None and max(_reuse(product)) >= _LEAST_REUSE
+    return product is not None and product.summed >= _LEAST_ROWS and max(_reuse(product)) >= _LEAST_REUSE
 
 
 def _turned(m: Match, a: Any, b: Any) -> Any:
@@ -85,13 +87,13 @@ def _cases(s: Any) -> Iterator[Any]:
     def product(axis: int) -> Any:
         return lambda a, b: lax.dot_general(a, b, (((0,), (axis,)), ((), ())))
 
-    k, n = s.choice((3, 5)), s.choice((128, 150))
+    k, n = s.choice((8, 9)), s.choice((128, 150))
     yield product(0), (s.array(k, 4), s.array(k, n))
     yield product(1), (s.array(k, 4), s.array(n, k))
     yield product(0), (s.array(260, 270), s.array(260, 2))
     yield product(1), (s.array(260, 270), s.array(2, 260))
     several = (((0, 1), (0, 1)), ((), ()))
-    yield lambda a, b: lax.dot_general(a, b, several), (s.array(2, k, 2, 2), s.array(2, k, n))
+    yield lambda a, b: lax.dot_general(a, b, several), (s.array(2, 4, 2, 2), s.array(2, 4, n))
 
 
 RULES: tuple[Rule, ...] = (

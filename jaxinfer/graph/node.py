@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -73,6 +73,7 @@ class Node:
     effects: frozenset[Any] = frozenset()
     context: Any = None
     source: Any = None
+    _params_key: list[Any] = field(default_factory=list, init=False, repr=False)
 
     @property
     def aval(self) -> Any:
@@ -88,7 +89,10 @@ class Node:
     @property
     def is_pure(self) -> bool:
         """Whether the node may be merged, moved, dropped or evaluated ahead of time."""
-        return not self.effects and self.op not in _UNIQUE and not any(g.is_stateful for g in self.subgraphs)
+        if self.effects or self.op in _UNIQUE:
+            return False
+        held = self.subgraphs
+        return not held or not any(g.is_stateful for g in held)
 
     @property
     def value(self) -> Any:
@@ -96,17 +100,31 @@ class Node:
         return self.params["value"]
 
     @property
-    def subgraphs(self) -> Iterator[Graph]:
+    def params_key(self) -> Any:
+        """A hashable key of the parameters, computed once."""
+        if not self._params_key:
+            self._params_key.append(params_key(self.params))
+        return self._params_key[0]
+
+    @property
+    def subgraphs(self) -> Sequence[Graph]:
         """The graphs that control flow holds."""
+        found: list[Graph] = []
         for param in self.params.values():
             if isinstance(param, Graph):
-                yield param
+                found.append(param)
             elif isinstance(param, tuple):
-                yield from (p for p in param if isinstance(p, Graph))
+                for part in param:
+                    if isinstance(part, Graph):
+                        found.append(part)
+        return found
 
     def __repr__(self) -> str:
         shapes = ", ".join(a.str_short(True) if hasattr(a, "str_short") else str(a) for a in self.avals)
         return f"{self.op}[{shapes}]"
+
+
+_FIELDS = tuple(f.name for f in fields(Node) if f.init)
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +294,7 @@ class GraphBuilder:
         if node.op in ("input", "const"):
             return node if node.op == "input" else self._intern(("const", *_const_key(node.value, node.aval)), node)
         if node.is_pure:
-            key = (node.primitive, node.inputs, params_key(node.params), context_key(node.context))
+            key = (node.primitive, node.inputs, node.params_key, context_key(node.context))
             node = self._intern(key, node)
         if node not in self._listed:
             self._listed.add(node)
@@ -289,9 +307,9 @@ class GraphBuilder:
         inputs = tuple(Value(self._known(v.node), 0) if v.node.op == "const" else v for v in inputs)
         if not changes and inputs == node.inputs:
             return self.add(node)
-        fields = {name: changes.get(name, getattr(node, name)) for name in Node.__slots__}
-        fields["inputs"] = inputs
-        return self.add(Node(**fields))
+        values = {name: changes.get(name, getattr(node, name)) for name in _FIELDS}
+        values["inputs"] = inputs
+        return self.add(Node(**values))
 
     def build(self, outputs: Sequence[Value], *, origin: Any = None, out_avals: Sequence[Any] = ()) -> Graph:
         """The finished graph: what the outputs and the effects need, in the order it was added."""

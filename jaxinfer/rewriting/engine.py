@@ -92,18 +92,25 @@ class Rewriter:
         if graph in self._finished:
             return self._finished[graph]
         original = graph
-        dirty: set[Node] | None = None
+        dirty = set(graph.nodes)
+        asked: set[Node] = set()
         seen: dict[str, int] = {}
         fired: list[Counter[str]] = []
         # A rule that moves an operation past the next one needs a pass for each step of the way.
         limit = _MAX_PASSES + graph.size
         for count in range(limit + 1):
             before = self.log.fired.copy()
-            new = self._pass(graph, self._first_replacement, self.fixpoint, dirty)
+            walk = self._walk(graph, self._first_replacement, self.fixpoint, dirty)
+            new = walk.run()
+            asked |= dirty
             if new is graph:
-                break
+                # Some rules look farther than others: in the end all that stands on something new is asked once more.
+                dirty = set(graph.nodes) - asked
+                if not dirty:
+                    break
+                continue
             fired.append(self.log.fired - before)
-            dirty = _dirty(graph, new)
+            dirty = _dirty(graph, new, walk.origin)
             graph = new
             if count >= _LOOK_FOR_LOOPS_AFTER:
                 text = graph.fingerprint or str(graph)
@@ -130,12 +137,12 @@ class Rewriter:
         """Puts chosen forms in place; a choice whose place another one took is left out."""
         if not chosen:
             return graph
-        return self._pass(graph, lambda _, node: chosen.get(node), lambda sub: self.apply(sub, chosen), None)
+        return self._walk(graph, lambda _, node: chosen.get(node), lambda sub: self.apply(sub, chosen), None).run()
 
     # -- one pass --
 
-    def _pass(self, graph: Graph, decide: Decide, nested: Callable[[Graph], Graph], dirty: set[Node] | None) -> Graph:
-        return _Pass(graph, decide, nested, dirty, self.log).run()
+    def _walk(self, graph: Graph, decide: Decide, nested: Callable[[Graph], Graph], dirty: set[Node] | None) -> _Pass:
+        return _Pass(graph, decide, nested, dirty, self.log)
 
     def _first_replacement(self, graph: Graph, node: Node) -> Replacement | None:
         if not node.is_pure:
@@ -170,6 +177,9 @@ class _Pass:
         nested: what becomes of the graphs that a node holds.
         dirty: the nodes to decide about; None for all.
         log: where rewrites are counted.
+
+    Attributes:
+        origin: nodes of the new graph that were taken over, perhaps with other operands, and what they were.
     """
 
     def __init__(
@@ -182,10 +192,19 @@ class _Pass:
         self._order = sorted(graph.nodes, key=lambda n: n not in graph.known)
         self._moved: dict[Value, Value] = {}
         self._begun: set[Node] = set()
+        self._decided: dict[Node, Replacement] = {}
         self._changed = False
+        self.origin: dict[Node, Node] = {}
 
     def run(self) -> Graph:
         """The new graph; the very same one where nothing was changed."""
+        for node in self._order:
+            if self._dirty is None or node in self._dirty:
+                replacement = self._decide(self._graph, node)
+                if replacement is not None:
+                    self._decided[node] = replacement
+        if not self._decided and all(self._nested(g) is g for n in self._order for g in n.subgraphs):
+            return self._graph
         for node in self._order:
             self._visit(node)
         if not self._changed:
@@ -200,8 +219,7 @@ class _Pass:
         results = [Value(node, i) for i in range(len(node.avals))]
         if results and all(v in self._moved for v in results) and node.is_pure:
             return
-        asked = self._dirty is None or node in self._dirty
-        replacement = self._decide(self._graph, node) if asked else None
+        replacement = self._decided.get(node)
         if replacement is not None and self._makes_ready(replacement, node):
             jaxpr, consts = _jax.open_jaxpr(replacement.jaxpr)
             arguments = [self._now(v) for v in replacement.arguments]
@@ -219,6 +237,8 @@ class _Pass:
         extra = {} if params is node.params else {"params": params}
         new = self._builder.copy(node, [self._now(v) for v in node.inputs], **extra)
         self._changed = self._changed or new is not node
+        if params is node.params:
+            self.origin.setdefault(new, node)
         for i, result in enumerate(results):
             self._moved.setdefault(result, Value(new, i))
 
@@ -314,16 +334,17 @@ def _swap(param: Any, subs: Mapping[Graph, Graph]) -> Any:
     return param
 
 
-def _dirty(old: Graph, new: Graph) -> set[Node]:
+def _dirty(old: Graph, new: Graph, origin: Mapping[Node, Node]) -> set[Node]:
     """The nodes of ``new`` at which a rule could match that could not before: new ones, those whose operands' uses
-    changed, and what is built on them within the reach of a pattern."""
-    previous = set(old.nodes)
-    front = {n for n in new.nodes if n not in previous}
+    changed or that became known, and what is built on them within the reach of a pattern."""
+    front = {n for n in new.nodes if n not in origin or (n in new.known) != (origin[n] in old.known)}
     for value, uses in new.uses.items():
-        if value.node in previous or not value.node.inputs:
-            before = old.uses.get(value, ())
-            if len(before) != len(uses) or any(u not in previous for u, _ in uses if u is not None):
-                front.add(value.node)
+        node = value.node
+        if node.inputs and node not in origin:
+            continue
+        before = old.uses.get(Value(origin.get(node, node), value.index), ())
+        if len(before) != len(uses) or any(u not in origin for u, _ in uses if u is not None):
+            front.add(node)
     dirty = set(front)
     users: dict[Node, list[Node]] = {}
     for value, uses in new.uses.items():

@@ -7,7 +7,7 @@ operands that match. Matching fills a :class:`Match`, which the rule's condition
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,10 @@ class Pattern:
         """Whether ``value`` matches, given the bindings in ``m``; extends them if it does."""
         raise NotImplementedError
 
+    def may_match(self, value: Value) -> bool:
+        """Whether a value is of the right operation: asked first, since most are not."""
+        return True
+
     def depth(self) -> int:
         """How many operations deep the pattern looks."""
         return 0
@@ -90,6 +94,9 @@ class Number(Pattern):
 
     number: float
 
+    def may_match(self, value: Value) -> bool:
+        return value.node.is_const
+
     def match(self, value: Value, m: Match) -> bool:
         node = value.node
         if not node.is_const or not is_inline(node):
@@ -111,6 +118,9 @@ class Op(Pattern):
     where: Callable[[Node], bool] | None
     once: bool
 
+    def may_match(self, value: Value) -> bool:
+        return value.node.op in self.ops
+
     def match(self, value: Value, m: Match) -> bool:
         node = value.node
         if node.op not in self.ops or (self.where is not None and not self.where(node)):
@@ -131,12 +141,16 @@ class Op(Pattern):
 
     def _match_operands(self, node: Node, m: Match) -> bool:
         assert self.operands is not None
-        orders: Iterable[tuple[Value, ...]] = (node.inputs,)
-        if node.op in COMMUTATIVE and len(node.inputs) == 2:
-            orders = (node.inputs, node.inputs[::-1])
-        for order in orders:
+        if node.op not in COMMUTATIVE or len(node.inputs) != 2:
+            # Whoever goes on after a failure goes back to bindings of its own.
+            pairs = tuple(zip(self.operands, node.inputs))
+            return all(p.may_match(v) for p, v in pairs) and all(p.match(v, m) for p, v in pairs)
+        left, right = self.operands
+        for first, second in (node.inputs, node.inputs[::-1]):
+            if not (left.may_match(first) and right.may_match(second)):
+                continue
             saved = m.save()
-            if all(p.match(v, m) for p, v in zip(self.operands, order)):
+            if left.match(first, m) and right.match(second, m):
                 return True
             m.restore(saved)
         return False

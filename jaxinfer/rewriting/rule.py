@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxinfer.graph import Graph, Node
+from jaxinfer.graph import Graph, Node, Value
 from jaxinfer.rewriting.pattern import Match, Op, Pattern
 
 Tier = Literal["bitwise", "reassociate", "lossy"]
@@ -99,19 +99,13 @@ class Rule:
         else:
             if len(node.avals) != 1:
                 return None
-            root = _first(node)
+            root = Value(node, 0)
             m = Match(graph, (root,))
             if not self.before.match(root, m):
                 return None
         if m is None or (self.when is not None and not self.when(m)):
             return None
         return m
-
-
-def _first(node: Node) -> Any:
-    from jaxinfer.graph import Value
-
-    return Value(node, 0)
 
 
 def within(rules: Iterable[Rule], tier: Tier, platform: str | None = None) -> tuple[Rule, ...]:

@@ -405,9 +405,11 @@ def test_no_rewrite_is_overlooked(steps, outputs):
 def test_incremental_rewriting_equals_asking_everywhere(steps, outputs):
     graph = build(steps, outputs)
     everywhere = graph
-    while (new := Rewriter(RULES)._pass(everywhere, Rewriter(RULES)._first_replacement, lambda g: g, None)) is not (
-        everywhere
-    ):
+    rewriter = Rewriter(RULES)
+    while True:
+        new = rewriter._walk(everywhere, rewriter._first_replacement, lambda g: g, None).run()
+        if new is everywhere:
+            break
         everywhere = new
     result, _ = rewritten(graph, *RULES)
     assert str(result) == str(everywhere)
