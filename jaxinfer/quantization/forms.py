@@ -11,7 +11,7 @@ activations apart into digits, so that the int8 product gives the result in near
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -142,15 +142,16 @@ def _image_codes(use: Use, x: Any) -> Codes:
         return use.static.codes(x)
     form = use.scheme.activations
     assert form is not None
-    batch = use.node.params["dimension_numbers"].lhs_spec[0]
-    shared = [a for a in range(x.ndim) if form.per == "tensor" or a != batch]
-    codes = dynamic(x, form, tuple(shared))
-    if form.per == "token":
-        # The batch axis of the result may be another one.
-        shape = [1] * x.ndim
-        shape[use.node.params["dimension_numbers"].out_spec[0]] = -1
-        return Codes(codes.values, codes.scale.reshape(shape), None, codes.dtype)
-    return codes
+    if form.per == "tensor":
+        return dynamic(x, form, tuple(range(x.ndim)))
+    # What lies beyond the edges has one code for all images: no zero points of their own.
+    numbers = use.node.params["dimension_numbers"]
+    shared = tuple(a for a in range(x.ndim) if a != numbers.lhs_spec[0])
+    codes = dynamic(x, replace(form, affine=False), shared)
+    # The batch axis of the result may be another one.
+    shape = [1] * x.ndim
+    shape[numbers.out_spec[0]] = -1
+    return Codes(codes.values, codes.scale.reshape(shape), None, codes.dtype)
 
 
 # -- floating-point forms ---------------------------------------------------------------------------------------------
