@@ -36,7 +36,8 @@ class Parameter:
         removed: for each axis the slices that go.
         void: for each axis those of them that nothing depends on.
         frozen: for each axis those of them whose values still count, as constants.
-        fill: what stands in the slices that go, float or int; axes of full size, or all of size one where it is zero.
+        dtype: its type; None where it is no array of numbers.
+        constants: for each axis what stands in the slices that go, or None where that is zero or void.
     """
 
     name: str
@@ -45,7 +46,8 @@ class Parameter:
     removed: tuple[Indices, ...]
     void: tuple[Indices, ...]
     frozen: tuple[Indices, ...]
-    fill: np.ndarray
+    dtype: Any
+    constants: tuple[np.ndarray | None, ...]
 
     @property
     def keep(self) -> tuple[Indices | None, ...]:
@@ -55,7 +57,23 @@ class Parameter:
     @property
     def is_plain(self) -> bool:
         """Whether it is an array of numbers, of which slices can go (a random key is not)."""
-        return self.fill.dtype != object
+        return self.dtype is not None
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of what stands in the slices that go."""
+        return sum(c.nbytes for c in self.constants if c is not None)
+
+    @property
+    def fill(self) -> np.ndarray:
+        """What stands in the slices that go, in an array of its whole shape, or of one number where that is zero."""
+        if not self.constant_bytes:
+            return np.zeros((1,) * len(self.shape), self.dtype)
+        fill = np.zeros(self.shape, self.dtype)
+        for axis, (indices, constants) in enumerate(zip(self.removed, self.constants)):
+            if constants is not None:
+                fill[(slice(None),) * axis + (indices,)] = constants
+        return fill
 
     @property
     def small(self) -> tuple[int, ...]:
@@ -80,8 +98,8 @@ def whole_parameter(name: str, array: Any, mask: np.ndarray | None) -> Parameter
     """A parameter none of which goes."""
     none = (NONE,) * np.ndim(array)
     masked = 0 if mask is None else int((~mask).sum())
-    fill = np.zeros((1,) * np.ndim(array), array.dtype if isinstance(array, np.ndarray) else object)
-    return Parameter(name, tuple(np.shape(array)), masked, none, none, none, fill)
+    dtype = array.dtype if isinstance(array, np.ndarray) else None
+    return Parameter(name, tuple(np.shape(array)), masked, none, none, none, dtype, (None,) * np.ndim(array))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,11 +181,17 @@ def decide(
         needed, unused = (rest & (now == NUMBER)).any(axis=others), (rest & (now == UNUSED)).any(axis=others)
         frozen.append(np.intersect1d(removed[axis], np.flatnonzero(needed)))
         void.append(np.intersect1d(removed[axis], np.flatnonzero(unused & ~needed)))
-    fill = np.where(_there(shape, removed) | ~_there(shape, void), np.zeros((), values.dtype), values)
+    fill = np.where(_there(shape, void), values, np.zeros((), values.dtype))
     # A parameter none of which is needed may as well be zero.
-    if not np.any(fill) or not np.any(~masked & (now != UNUSED)):
-        fill = np.zeros((1,) * len(shape), values.dtype)
-    return replace(parameter, removed=tuple(removed), void=tuple(void), frozen=tuple(frozen), fill=fill)
+    count = bool(np.any(~masked & (now != UNUSED)))
+    constants = [np.take(fill, r, axis) if count else None for axis, r in enumerate(removed)]
+    return replace(
+        parameter,
+        removed=tuple(removed),
+        void=tuple(void),
+        frozen=tuple(frozen),
+        constants=tuple(c if c is not None and np.any(c) else None for c in constants),
+    )
 
 
 def _there(shape: Sequence[int], gone: Sequence[Indices]) -> np.ndarray:

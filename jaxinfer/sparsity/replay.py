@@ -17,6 +17,7 @@ from jaxinfer.graph import Graph, Node, Value, interpret, trace
 from jaxinfer.graph.emit import Emit
 from jaxinfer.sparsity import (
     slices_control,
+    slices_custom,
     slices_elementwise,
     slices_moves,
     slices_products,
@@ -50,7 +51,7 @@ class Replay(Emit):
         **slices_moves.RULES,
         **slices_products.RULES,
         **slices_reductions.RULES,
-        **slices_control.RULES,
+        **slices_custom.RULES,
     }
 
     def __init__(self) -> None:
@@ -93,7 +94,7 @@ class Replay(Emit):
         if not node.is_pure or any(True for _ in node.subgraphs) or not all(x.known for x in inputs):
             return False
         small = all(math.prod(a.shape) <= LARGEST_KNOWN for a in (*node.avals, *(x.array for x in inputs)))
-        return small and node.op not in ("broadcast_in_dim", *slices_elementwise.RULES, *slices_control.RULES)
+        return small and node.op not in ("broadcast_in_dim", *slices_elementwise.RULES, *slices_custom.RULES)
 
     def _noted(self, rule: Callable[..., Sequence[Any]], node: Node, *inputs: Any) -> Sequence[Any]:
         self._at.append(node)

@@ -173,7 +173,7 @@ class _Work:
         report = ShrinkReport(
             tuple(leaf_report(p, m) for p, m in pairs),
             plan.rejoined,
-            sum(p.fill.nbytes for p in plan.parameters if np.any(p.fill)),
+            sum(p.constant_bytes for p in plan.parameters),
             multiple_of,
             error,
             plan.remarks,

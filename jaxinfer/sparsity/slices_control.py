@@ -1,4 +1,4 @@
-"""Loops, branches and calls with derivatives of their own: bodies run on what is left.
+"""Loops, branches and rematerialised calls: bodies run on what is left.
 
 What a loop carries keeps its form from step to step. At first everything that is known at the start is taken to stay
 missing; what a step makes of it says what has to be kept after all, until nothing changes any more.
@@ -6,7 +6,7 @@ missing; what a step makes of it says what has to be kept after all, until nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import _jax
-from jaxinfer.graph import Graph, Node, Value, interpret
+from jaxinfer.graph import Graph, Node, interpret
 from jaxinfer.sparsity.slices import (
     LARGEST_KNOWN,
     NONE,
@@ -28,9 +28,6 @@ from jaxinfer.sparsity.slices import (
     whole,
     without,
 )
-from jaxinfer.sparsity.slices_elementwise import RULES as ELEMENTWISE
-
-Rule = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +51,11 @@ class Form:
         return made(self.shape, array, self.keep, None, self.fill, self.void)
 
     def same(self, other: Form) -> bool:
-        """Whether two forms keep the same."""
-        return all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in zip(self.keep, other.keep))
+        """Whether two forms keep the same, and know as much of the rest."""
+        kept = zip(self.keep, other.keep)
+        return all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in kept) and all(
+            map(np.array_equal, self.void, other.void)
+        )
 
 
 def form_of(x: Any) -> Form | None:
@@ -78,11 +78,11 @@ def array_in(x: Any, form: Form | None) -> Any:
     """The array of a value in a form that keeps at least as much."""
     if form is None or not isinstance(x, Sliced):
         return dense(x)
-    return jnp.asarray(part(x, dict(enumerate(form.keep)), anything=True))
+    return jnp.asarray(part(x, dict(enumerate(form.keep))))
 
 
 def joined(a: Form, b: Form) -> Form:
-    """What keeps what either keeps, and what stands at different values in the two."""
+    """What keeps what either keeps, and what stands at different values in the two; void is what is void in one."""
     keep: list[Indices | None] = []
     void = []
     for axis, n in enumerate(a.shape):
@@ -95,18 +95,8 @@ def joined(a: Form, b: Form) -> Form:
         free = merged(np.intersect1d(a.void[axis], gone), np.intersect1d(b.void[axis], gone))
         differ = [i for i in np.setdiff1d(gone, free) if not np.array_equal(_at(a, axis, i), _at(b, axis, i))]
         keep.append(without(n, np.setdiff1d(gone, differ)))
-        void.append(np.intersect1d(a.void[axis], b.void[axis]))
+        void.append(free)
     fill = np.broadcast_arrays(a.fill, b.fill)[0]
-    # Where one is void, the other says what stands there.
-    for axis in range(len(a.shape)):
-        only = np.setdiff1d(a.void[axis], b.void[axis])
-        if only.size and not np.array_equal(a.fill, b.fill):
-            shape = [
-                n if i == axis else max(s) for i, (n, s) in enumerate(zip(a.shape, zip(a.fill.shape, b.fill.shape)))
-            ]
-            fill, other = np.broadcast_to(fill, shape).copy(), np.broadcast_to(b.fill, shape)
-            place = (slice(None),) * axis + (only,)
-            fill[place] = other[place]
     return Form(
         a.shape, tuple(k if k is None or len(k) < n else None for k, n in zip(keep, a.shape)), fill, tuple(void)
     )
@@ -154,7 +144,7 @@ class _Body:
         found: list[Form | None] = []
 
         def walk(*inside: Any) -> list[Any]:
-            results = self(*(_value(f, a) for f, a in zip(inputs, inside)))
+            results = self(*(value_in(f, a) for f, a in zip(inputs, inside)))
             found.extend(map(form_of, results))
             return [dense(r, anything=True) for r in results]
 
@@ -163,7 +153,8 @@ class _Body:
         return found
 
 
-def _value(form: Form | None, array: Any) -> Any:
+def value_in(form: Form | None, array: Any) -> Any:
+    """The value of a form; what has none is its array."""
     return array if form is None else form.value(array)
 
 
@@ -218,7 +209,7 @@ def scan(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
     out: list[Form | None] = []
 
     def step(state: Any, x: Any) -> tuple[Any, Any]:
-        values = [_value(f, a) for f, a in zip([*forms, *each], [*state, *x])]
+        values = [value_in(f, a) for f, a in zip([*forms, *each], [*state, *x])]
         results = body(*values)
         out[:] = map(form_of, results[carries:])
         new = [array_in(r, f) for r, f in zip(results[:carries], forms)]
@@ -229,7 +220,7 @@ def scan(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
     init = list(map(_typed, init, [n.aval for n in graph.inputs[consts : consts + carries]]))
     last, ys = jax.lax.scan(step, tuple(init), tuple(xs), length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
     stacked = [y if f is None else _stacked(f, p["length"]).value(y) for f, y in zip(out, ys)]
-    return [*(_value(f, a) for f, a in zip(forms, last)), *stacked]
+    return [*(value_in(f, a) for f, a in zip(forms, last)), *stacked]
 
 
 def _steps(domain: Any, x: Any) -> Any:
@@ -260,7 +251,7 @@ def while_loop(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
     avals = [n.aval for n in p["body"].inputs[n_body:]]
 
     def values(state: Sequence[Any]) -> list[Any]:
-        return [_value(f, a) for f, a in zip(forms, state)]
+        return [value_in(f, a) for f, a in zip(forms, state)]
 
     def going(state: Any) -> Any:
         return dense(test(*values(state))[0])
@@ -303,7 +294,7 @@ def cond(domain: Any, node: Node, index: Any, *inputs: Any) -> Sequence[Any]:
     which = dense(index)
     which = which.astype(jnp.int32) if which.dtype == bool else which
     arrays = jax.lax.switch(which, [branch(b) for b in bodies])
-    return [_value(f, a) for f, a in zip(chosen, arrays)]
+    return [value_in(f, a) for f, a in zip(chosen, arrays)]
 
 
 def remat(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
@@ -314,134 +305,20 @@ def remat(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
     out: list[Form | None] = []
 
     def fun(*arrays: Any) -> Any:
-        results = body(*(x if _is_known(x) else _like(x, a) for x, a in zip(values, arrays)))
+        results = body(*(x if _is_known(x) else like(x, a) for x, a in zip(values, arrays)))
         out[:] = map(form_of, results)
         return tuple(r.array if isinstance(r, Sliced) else r for r in results)
 
     call = jax.checkpoint(fun, prevent_cse=p["prevent_cse"], policy=p["policy"])
     arrays = call(*(x.array if isinstance(x, Sliced) else x for x in values))
-    return [_value(f, a) for f, a in zip(out, arrays)]
+    return [value_in(f, a) for f, a in zip(out, arrays)]
 
 
 def _is_known(x: Any) -> bool:
     return isinstance(x, Sliced) and x.known
 
 
-def _like(x: Any, array: Any) -> Any:
+def like(x: Any, array: Any) -> Any:
+    """A value that misses what another one does, with its own array."""
     form = form_of(x)
     return array if form is None else form.value(array)
-
-
-# -- derivatives of their own -----------------------------------------------------------------------------------------
-
-
-def custom(domain: Any, node: Node, *inputs: Any) -> Sequence[Any]:
-    """A function with a derivative of its own: the function and its rule both run on what is left."""
-    if not all(isinstance(x, Sliced) for x in inputs) or all(x.is_whole for x in inputs):
-        return domain.densely(node, *inputs)
-    values = [settled(domain, x) for x in inputs]
-    graph = domain.traced(node.params["call_jaxpr"])
-    active = [i for i, v in enumerate(node.inputs) if _jax.has_tangent(v.aval) and not values[i].known]
-    if node.op == "custom_vjp_call" and not _is_pointwise(_cotangents(domain, node, active)):
-        return domain.densely(node, *inputs)
-    out: list[Form | None] = []
-
-    def put(arrays: Sequence[Any]) -> list[Sliced]:
-        found = list(values)
-        for i, a in zip(active, arrays):
-            found[i] = _like(values[i], a)
-        return found
-
-    def primal(*arrays: Any) -> tuple[Any, ...]:
-        results = [settled(domain, y) for y in interpret(graph, domain, *put(arrays))]
-        out[:] = map(form_of, results)
-        return tuple(r.array if isinstance(r, Sliced) else r for r in results)
-
-    rule = _forward if node.op == "custom_jvp_call" else _backward
-    call = rule(domain, node, primal, put, active, out)
-    arrays = call(*(values[i].array for i in active))
-    return [_value(f, a) for f, a in zip(out, arrays)]
-
-
-def _bound(node: Node) -> Callable[..., list[Any]]:
-    return lambda *xs: _jax.bind(node.primitive, xs, dict(node.params))
-
-
-def _filled_with_zeros(x: Sliced, array: Any) -> Sliced:
-    """A tangent of a value: what is missing does not change."""
-    return made(x.shape, array, x.keep, None, None, x.void)
-
-
-def _forward(domain: Any, node: Node, primal: Any, put: Any, active: Sequence[int], out: list[Form | None]) -> Any:
-    avals = [v.aval for v in node.inputs]
-    call = jax.custom_jvp(primal)
-
-    def tangents(*operands: Any) -> list[Any]:
-        xs, ts = operands[: len(avals)], operands[len(avals) :]
-        seeds = [np.zeros(a.shape, _jax.tangent_aval(a).dtype) for a in avals]
-        for i, t in zip(active, ts):
-            seeds[i] = t
-        results, changes = jax.jvp(_bound(node), tuple(xs), tuple(seeds))
-        return [*results, *changes]
-
-    @call.defjvp
-    def jvp(primals: Any, changes: Any) -> Any:
-        graph = domain.traced(_jax.make_jaxpr(tangents, [*avals, *(avals[i] for i in active)]))
-        values = put(primals)
-        moved = [_filled_with_zeros(values[i], t) for i, t in zip(active, changes)]
-        found = interpret(graph, domain, *values, *moved)
-        results = primal(*primals)
-        ys, ts = found[: len(results)], found[len(results) :]
-        del ys
-        return results, tuple(array_in(settled(domain, t), f) for t, f in zip(ts, out))
-
-    return call
-
-
-def _cotangents(domain: Any, node: Node, active: Sequence[int]) -> Graph:
-    """(operands, cotangents of the results) → cotangents of the active operands, by the function's own rule."""
-    avals = [v.aval for v in node.inputs]
-
-    def cotangents(*operands: Any) -> list[Any]:
-        xs, cts = operands[: len(avals)], operands[len(avals) :]
-
-        def moving(*some: Any) -> list[Any]:
-            full = list(xs)
-            for i, x in zip(active, some):
-                full[i] = x
-            return _bound(node)(*full)
-
-        _, back = jax.vjp(moving, *(xs[i] for i in active))
-        return list(back(list(cts)))
-
-    return domain.traced(_jax.make_jaxpr(cotangents, [*avals, *node.avals]))
-
-
-def _is_pointwise(graph: Graph) -> bool:
-    """Whether no two elements meet: results have the shape of the inputs, and all operations act on elements."""
-    shape = graph.out_avals[0].shape
-    same = all(getattr(v.aval, "shape", None) == shape for v in (*graph.outputs, *(Value(n, 0) for n in graph.inputs)))
-    return same and all(
-        node.op in ELEMENTWISE or (node.op == "broadcast_in_dim" and not node.inputs[0].shape) for node in graph.nodes
-    )
-
-
-def _backward(domain: Any, node: Node, primal: Any, put: Any, active: Sequence[int], out: list[Form | None]) -> Any:
-    """Cotangents of what is missing are taken as zero, which is right where elements do not meet."""
-    call = jax.custom_vjp(primal)
-    graph = _cotangents(domain, node, active)
-
-    def forward(*arrays: Any) -> Any:
-        return primal(*arrays), arrays
-
-    def backward(arrays: Any, cts: Any) -> Any:
-        values = put(arrays)
-        given = [ct if f is None else made(f.shape, ct, f.keep, None, None, f.void) for f, ct in zip(out, cts)]
-        found = interpret(graph, domain, *values, *given)
-        return tuple(array_in(settled(domain, g), form_of(values[i])) for i, g in zip(active, found))
-
-    call.defvjp(forward, backward)
-    return call
-
-
-RULES: Mapping[str, Rule] = {"custom_jvp_call": custom, "custom_vjp_call": custom}

@@ -19,6 +19,7 @@ from jaxinfer.sparsity.slices import (
     NONE,
     Indices,
     Sliced,
+    Undefined,
     apply,
     common,
     dense,
@@ -46,8 +47,11 @@ _COMBINE: Mapping[str, Combine] = {
 def reduction(domain: Any, node: Node, x: Sliced) -> Sequence[Any]:
     """What is left is reduced, and then what is missing; results may be missing along the other axes."""
     axes = tuple(node.params["axes"])
+    for a in axes:
+        if x.void[a].size:
+            raise Undefined(x, a, x.void[a])
     short = [a for a in axes if x.keep[a] is not None]
-    if len(short) > 1 and not (node.op == "reduce_sum" and x.is_zero and not any(x.void[a].size for a in axes)):
+    if len(short) > 1 and not (node.op == "reduce_sum" and x.is_zero):
         for a in short[1:]:
             x = domain.full(x, a)
         short = short[:1]

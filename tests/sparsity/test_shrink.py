@@ -220,7 +220,7 @@ def attention(p: Any, x: Any) -> Any:
 
 
 ATTENTION = {
-    **{n: (6, 3, 4) for n in ("q", "k", "v")},
+    **dict.fromkeys(("q", "k", "v"), (6, 3, 4)),
     **{n + "_bias": (3, 4) for n in ("q", "k", "v")},
     "out": (3, 4, 6),
 }
@@ -233,7 +233,7 @@ def test_heads() -> None:
         "out": None,
     }
     small = {
-        **{n: (6, 2, 4) for n in ("q", "k", "v")},
+        **dict.fromkeys(("q", "k", "v"), (6, 2, 4)),
         **{n + "_bias": (2, 4) for n in ("q", "k", "v")},
         "out": (2, 4, 6),
     }

@@ -1,4 +1,4 @@
-"""Every program of the list and every model of the zoo: pruned by whole units, shrunk, and compared at two batch sizes."""
+"""Every program of the list and every model of the zoo: pruned by whole units, shrunk, compared at two batch sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from jaxinfer.sparsity.groups import Group, Groups
 
 # A few that hold most structures run each time; all of them in `make test-all`.
 QUICK = {"flax_vae", "jax_remat", "flax_scan_over_layers", "jax2onnx_depthwise_conv"}
-# Large beside the others; their time goes into XLA.
 BATCHES = (2, 3)
 
 
@@ -46,7 +45,7 @@ def left_of(group: Group, report: Any) -> int:
 
 
 def lost_share(groups: Groups, report: Any) -> float:
-    """The share of all units that are gone from the arrays. Units that share an axis with other groups count by size."""
+    """The share of all units that are gone from the arrays, by the sizes of these."""
     left = {group.name: min(left_of(group, report), group.size) for group in groups}
     return 1 - sum(left.values()) / sum(group.size for group in groups)
 
