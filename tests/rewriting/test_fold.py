@@ -83,7 +83,7 @@ def test_a_known_result_is_a_constant():
 
 
 def test_known_values_of_symbolic_shape_wait_for_the_shape():
-    """A known row spread over a batch of unknown size, and a sum over that batch: only what is before both is folded."""
+    """A known row spread over a batch of unknown size, and a sum over that batch: only what comes before is folded."""
     (batch,) = export.symbolic_shape("batch")
     row = jnp.arange(8.0)
 
