@@ -360,6 +360,20 @@ def _mul_pullback(
 _SAME_DTYPE_MUL = tangent_rule(PARTIALS["mul"]), pullback_rule(PARTIALS["mul"])
 
 
+def _div_pullback(
+    node: Node, primals: Sequence[Any], outs: Sequence[Any], active: Sequence[bool], cotangents: Sequence[Any]
+) -> Sequence[Any]:
+    """A divisor that was repeated gets its factor after the sum over the repetitions."""
+    (_, y), (ct,) = primals, cotangents
+    if jnp.shape(y) == jnp.shape(ct) or not active[1]:
+        return _PLAIN_DIV(node, primals, outs, active, cotangents)
+    of_first = _PLAIN_DIV(node, primals, outs, [active[0], False], cotangents)[0]
+    return [of_first, lax.neg(lax.div(unbroadcast(lax.mul(ct, outs[0]), y), y))]
+
+
+_PLAIN_DIV = pullback_rule(PARTIALS["div"])
+
+
 TANGENTS: Mapping[str, TangentRule] = {op: tangent_rule(partials) for op, partials in PARTIALS.items()} | {
     "abs": _abs_tangent,
     "sign": _sign_tangent,
@@ -369,4 +383,5 @@ PULLBACKS: Mapping[str, PullbackRule] = {op: pullback_rule(partials) for op, par
     "abs": _abs_pullback,
     "sign": _sign_pullback,
     "mul": _mul_pullback,
+    "div": _div_pullback,
 }
