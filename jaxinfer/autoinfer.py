@@ -36,6 +36,7 @@ from jaxinfer.sparsity.batches import BatchesExhausted
 from jaxinfer.sparsity.checkpoint import CheckpointMismatch
 from jaxinfer.sparsity.coupling_groups import channel_groups
 from jaxinfer.sparsity.distillation import Distillation
+from jaxinfer.sparsity.errors import ShrinkError
 from jaxinfer.sparsity.granularity import NM, Block
 from jaxinfer.sparsity.l0 import L0
 from jaxinfer.sparsity.learn import learn_masks
@@ -48,7 +49,6 @@ from jaxinfer.sparsity.small_program import Shrunk
 from jaxinfer.sparsity.target import Target, TargetError
 from jaxinfer.sparsity.transformation import prune_updates
 from jaxinfer.sparsity.wanda import Wanda
-from jaxinfer.sparsity.whole_program import ShrinkError
 from jaxinfer.storage import Loaded, StorageError, load, save
 
 __all__ = [

@@ -27,6 +27,12 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
 
 
+def result_names(tree: Any) -> list[str]:
+    """What messages call the results of a program, by their structure."""
+    places = jax.tree.unflatten(tree, range(tree.num_leaves))
+    return ["result" + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(places)[0]]
+
+
 def is_data(leaf: Any) -> bool:
     """Whether a leaf of a call is an array or a number."""
     return (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or type(leaf) in (int, float, complex)

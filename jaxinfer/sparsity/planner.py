@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from jaxinfer import _jax
+from jaxinfer.graph.retrace import Program, Static, result_names
 from jaxinfer.sparsity.plan import Parameter, decide, uses, whole_parameter, with_slices
 from jaxinfer.sparsity.replay import Replay
 from jaxinfer.sparsity.slices import NONE, Indices, Undefined
 from jaxinfer.sparsity.small_program import replayed
-from jaxinfer.sparsity.whole_program import Structure, WholeProgram
 
 # Each round keeps some slices that the one before took away; the last one keeps what is left in question.
 _ROUNDS = 16
@@ -53,9 +53,9 @@ class Planner:
 
     def __init__(
         self,
-        program: WholeProgram,
+        program: Program,
         arrays: Sequence[Any],
-        structure: Structure,
+        structure: Static,
         names: Sequence[str],
         masks: Sequence[np.ndarray | None],
     ):
@@ -63,8 +63,8 @@ class Planner:
         self.values = [masked_value(x, m) for x, m in zip(arrays, masks)]
         self.whole = [whole_parameter(n, x, m) for n, x, m in zip(names, self.values, masks)]
         self._avals = [_jax.abstract(x) for x in arrays]
-        inlined, results = program.trace(arrays, structure, keep_custom=False)
-        self._results = jax.tree.leaves(results)
+        inlined, tree = program.trace(arrays, structure, keep_custom=False)
+        self._results = result_names(tree)
         self._uses = uses(inlined, masks)
         self._graph, _ = program.trace(arrays, structure, keep_custom=True)
 

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.graph.retrace import Program, is_data, leaf_name, merge, split
 from jaxinfer.search.measure import time_candidates
 from jaxinfer.sparsity.coupling_groups import channel_groups
-from jaxinfer.sparsity.groups import leaf_name
+from jaxinfer.sparsity.errors import ShrinkError
 from jaxinfer.sparsity.masks import mask_leaves
 from jaxinfer.sparsity.planner import Plan, Planner
 from jaxinfer.sparsity.rounding import rounded_up, shapes_of
 from jaxinfer.sparsity.shrink_report import ShrinkReport, leaf_report
 from jaxinfer.sparsity.shrink_verify import Difference, difference, drawn
 from jaxinfer.sparsity.small_program import Shrunk
-from jaxinfer.sparsity.whole_program import ShrinkError, WholeProgram, is_data, join_call, split_call
 
 # What "measured" tries, and for how many seconds it times them altogether.
 _MULTIPLES = (1, 4, 8, 16, 32)
@@ -113,8 +113,8 @@ class _Work:
         names = [leaf_name(path) for path, leaf in flat if is_data(leaf)]
         self.fun, self.params, self.args, self.kwargs = fun, params, args, kwargs
         self.flags = flags
-        self.arrays, self.structure = split_call((params, args, kwargs))
-        self.program = WholeProgram(fun, [tuple(np.shape(x)) for x in self.arrays[: len(flags)]])
+        self.arrays, self.structure = split((params, args, kwargs))
+        self.program = Program(fun, [tuple(np.shape(x)) for x in self.arrays[: len(flags)]], ShrinkError)
         self.planner = Planner(self.program, self.arrays, self.structure, names, flags)
         self.planner.check()
 
@@ -145,8 +145,8 @@ class _Work:
 
     def _timed(self, plan: Plan, inputs: Sequence[Any]) -> Callable[[], Any]:
         small, small_params = self.result(plan, 1, None)
-        arrays, _ = split_call(small_params)
-        _, args, kwargs = join_call([*arrays, *inputs], self.structure)
+        arrays, _ = split(small_params)
+        _, args, kwargs = merge([*arrays, *inputs], self.structure)
         return lambda: small(small_params, *args, **kwargs)
 
     def _inputs(self) -> list[Any]:
@@ -158,10 +158,10 @@ class _Work:
         inputs = self._inputs()
 
         def masked(arrays: Sequence[Any]) -> Any:
-            params, args, kwargs = join_call(arrays, self.structure)
+            params, args, kwargs = merge(arrays, self.structure)
             return self.fun(params, *args, **kwargs)
 
-        _, args, kwargs = join_call([*self.planner.values, *inputs], self.structure)
+        _, args, kwargs = merge([*self.planner.values, *inputs], self.structure)
         return difference(
             jax.jit(masked), [*map(_array, self.planner.values), *inputs], lambda: small(small_params, *args, **kwargs)
         )

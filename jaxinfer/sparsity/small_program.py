@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.graph import Graph
+from jaxinfer.graph.retrace import Program, Static, is_data, split
+from jaxinfer.sparsity.errors import ShrinkError
 from jaxinfer.sparsity.plan import Parameter
 from jaxinfer.sparsity.replay import Replay, replay
 from jaxinfer.sparsity.shrink_report import ShrinkReport
 from jaxinfer.sparsity.slices import Undefined, whole
-from jaxinfer.sparsity.whole_program import ShrinkError, Structure, WholeProgram, is_data, split_call
 
 
 class Shrunk:
@@ -31,7 +32,7 @@ class Shrunk:
         kept: for each parameter by name, for each axis, the slices of the whole parameter that are left.
     """
 
-    def __init__(self, program: WholeProgram, parameters: Sequence[Parameter], masks: Any, report: ShrinkReport):
+    def __init__(self, program: Program, parameters: Sequence[Parameter], masks: Any, report: ShrinkReport):
         self._program = program
         self._parameters = tuple(parameters)
         self._jit = jax.jit(self._run, static_argnums=1)
@@ -51,7 +52,7 @@ class Shrunk:
                 for, with slices that were left out.
         """
         self._check(params)
-        arrays, structure = split_call((params, args, kwargs))
+        arrays, structure = split((params, args, kwargs))
         try:
             return self._jit(arrays, structure)
         except Undefined as error:
@@ -76,10 +77,10 @@ class Shrunk:
                 why = ", as in the whole program" if tuple(np.shape(x)) == p.shape else ""
                 raise ValueError(f"{p.name} has the shape {tuple(np.shape(x))}{why}; the small one is {p.small}")
 
-    def _run(self, arrays: Sequence[Any], structure: Structure) -> Any:
-        graph, names = self._program.trace(arrays, structure, keep_custom=True)
+    def _run(self, arrays: Sequence[Any], structure: Static) -> Any:
+        graph, tree = self._program.trace(arrays, structure, keep_custom=True)
         results = replayed(graph, Replay(), self._parameters, arrays)
-        return jax.tree.unflatten(jax.tree.structure(names), results)
+        return jax.tree.unflatten(tree, results)
 
 
 def replayed(graph: Graph, domain: Replay, parameters: Sequence[Parameter], arrays: Sequence[Any]) -> list[Any]:

@@ -151,3 +151,16 @@ def test_timed_forms_are_kept_only_where_they_are_faster() -> None:
     for layer in small.explain().layers:
         if layer.before_s is not None:
             assert (layer.rank is not None) == (layer.after_s < 0.95 * layer.before_s)
+
+
+def test_programs_with_refs_are_refused_by_the_public_error() -> None:
+    def fun(p, x):
+        ref = jax.new_ref(x)
+        ref[...] += 1.0
+        return ref[...] @ p["w"]
+
+    params, x = {"w": np.ones((4, 4), np.float32)}, np.ones((2, 4), np.float32)
+    with pytest.raises(autoinfer.ShrinkError, match="Refs"):
+        autoinfer.low_rank(fun, params, [x])
+    with pytest.raises(autoinfer.ShrinkError, match="Refs"):
+        autoinfer.shrink(fun, params, {"w": np.ones((4, 4), bool)}, x)
