@@ -32,23 +32,23 @@ from jaxinfer.quantization.scheme import (
 from jaxinfer.quantization.smoothing import SmoothQuant
 from jaxinfer.quantization.tensor import Quantized
 from jaxinfer.rewriting import Rule, RuleError
-from jaxinfer.sparsity.batches import BatchesExhausted
-from jaxinfer.sparsity.checkpoint import CheckpointMismatch
-from jaxinfer.sparsity.coupling_groups import channel_groups
-from jaxinfer.sparsity.distillation import Distillation
+from jaxinfer.sparsity.coupling.channel_groups import channel_groups
 from jaxinfer.sparsity.errors import ShrinkError
-from jaxinfer.sparsity.granularity import NM, Block
-from jaxinfer.sparsity.l0 import L0
-from jaxinfer.sparsity.learn import learn_masks
+from jaxinfer.sparsity.learning.batches import BatchesExhausted
+from jaxinfer.sparsity.learning.checkpoint import CheckpointMismatch
+from jaxinfer.sparsity.learning.distillation import Distillation
+from jaxinfer.sparsity.learning.granularity import NM, Block
+from jaxinfer.sparsity.learning.l0 import L0
+from jaxinfer.sparsity.learning.learn import learn_masks
+from jaxinfer.sparsity.learning.magnitude import Magnitude, StraightThrough, Taylor
+from jaxinfer.sparsity.learning.result import Diverged, Learned
+from jaxinfer.sparsity.learning.schedule import Cubic
+from jaxinfer.sparsity.learning.target import Target, TargetError
+from jaxinfer.sparsity.learning.transformation import prune_updates
+from jaxinfer.sparsity.learning.wanda import Wanda
 from jaxinfer.sparsity.low_rank import low_rank
-from jaxinfer.sparsity.magnitude import Magnitude, StraightThrough, Taylor
-from jaxinfer.sparsity.result import Diverged, Learned
-from jaxinfer.sparsity.schedule import Cubic
-from jaxinfer.sparsity.shrink import ShrinkWarning, shrink
-from jaxinfer.sparsity.small_program import Shrunk
-from jaxinfer.sparsity.target import Target, TargetError
-from jaxinfer.sparsity.transformation import prune_updates
-from jaxinfer.sparsity.wanda import Wanda
+from jaxinfer.sparsity.shrinking.shrink import ShrinkWarning, shrink
+from jaxinfer.sparsity.shrinking.small_program import Shrunk
 from jaxinfer.storage import Loaded, StorageError, load, save
 
 __all__ = [

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.sparsity import gates
+from jaxinfer.sparsity.learning import gates
 
 _LOCATIONS = [-4.0, -1.0, 0.0, 0.7, 3.0]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.sparsity.granularity import NM, Block, Column, Element, Row, as_grain, check_rank
+from jaxinfer.sparsity.learning.granularity import NM, Block, Column, Element, Row, as_grain, check_rank
 
 _SHAPES = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
 _GRAINS = st.one_of(

@@ -10,7 +10,7 @@ from masking import X, accuracy, batch, loss, mlp, mlp_params
 
 from jaxinfer import autoinfer
 from jaxinfer.autoinfer import L0, NM, Block, Cubic, Distillation, Magnitude, StraightThrough, Target, Taylor
-from jaxinfer.sparsity.division import divide
+from jaxinfer.sparsity.learning.division import divide
 
 METHODS = [L0(), Magnitude(Cubic(every=10)), StraightThrough(Cubic(every=10)), Taylor(Cubic(every=10))]
 ADAM = optax.adam(1e-2)

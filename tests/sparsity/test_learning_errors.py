@@ -8,7 +8,7 @@ from masking import X, batch, loss, mlp, mlp_params
 
 from jaxinfer import autoinfer
 from jaxinfer.autoinfer import L0, NM, Target, TargetError
-from jaxinfer.sparsity.batches import Feed
+from jaxinfer.sparsity.learning.batches import Feed
 
 
 def learn(target=0.3, loss=loss, params=None, batches=batch, steps=2, **options):

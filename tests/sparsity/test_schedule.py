@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxinfer.sparsity.schedule import Cubic
+from jaxinfer.sparsity.learning.schedule import Cubic
 
 
 def test_what_is_left_follows_the_formula():

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.sparsity.selection import ranks, select
+from jaxinfer.sparsity.learning.selection import ranks, select
 
 _SCORES = st.lists(
     st.one_of(st.integers(-3, 3).map(float), st.floats(width=32, allow_subnormal=False)),

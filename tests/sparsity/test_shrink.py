@@ -567,7 +567,7 @@ def test_other_calls_that_need_what_was_left_out() -> None:
 
 
 def test_a_small_program_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jaxinfer.sparsity import replay
+    from jaxinfer.sparsity.shrinking import replay
 
     masks = mlp_masks(a=columns((4, 8), 0, 3), b=without(8, 0, 3))
     rules = {**replay.Replay.table, "tanh": lambda domain, node, x: replay.Replay.table["sin"](domain, node, x)}

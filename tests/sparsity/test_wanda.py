@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxinfer import autoinfer
 from jaxinfer.autoinfer import NM, Wanda
-from jaxinfer.sparsity.activations import inputs_of_products
+from jaxinfer.sparsity.learning.activations import inputs_of_products
 
 SGD = optax.sgd(0.0)
 

@@ -1,0 +1,1 @@
+"""Which slices of parameters can only go together."""

@@ -1,0 +1,1 @@
+"""Masks learned while the weights are trained, or from calibration data."""

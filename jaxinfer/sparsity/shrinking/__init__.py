@@ -1,0 +1,1 @@
+"""Programs without the slices that masks removed."""
