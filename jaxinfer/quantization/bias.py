@@ -23,8 +23,7 @@ from jaxinfer.quantization.scheme import Scheme
 class BiasCorrected:
     """Writes parameters as another method does and corrects the mean of each channel of the result.
 
-    Parameters that several products read, which have different means, and those of convolutions in groups are written
-    without correction.
+    Parameters that several products read, which have different means, are written without correction.
 
     Attributes:
         method: how they are written.
@@ -45,9 +44,10 @@ class BiasCorrected:
         rounded = np.asarray(layer.matrix(np.asarray(written.quantized.dequantize())), np.float64)
         if written.smooth is not None:
             rounded = rounded / np.asarray(written.smooth, np.float64)[:, None]
-        shift = inputs.sums / inputs.rows @ (exact - rounded)
-        return replace(written, correction=shift.astype(np.float32))
+        means = np.atleast_2d(inputs.sums / inputs.rows)
+        shift = np.einsum("gk,gkn->gn", means, layer.by_group(exact - rounded))
+        return replace(written, correction=shift.reshape(-1).astype(np.float32))
 
 
 def _applies(layer: Layer) -> bool:
-    return layer.is_matrix and len(layer.reads) == 1
+    return len(layer.reads) == 1

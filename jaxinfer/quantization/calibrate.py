@@ -17,7 +17,7 @@ from jax import lax
 from rich.progress import track
 
 from jaxinfer import _jax
-from jaxinfer.analysis.matrices import as_matrix, rows_of
+from jaxinfer.analysis.matrices import rows_of
 from jaxinfer.analysis.weights import OnWeights, Weights, bound, carries_of, loop_options, run_on
 from jaxinfer.graph import Graph, Node
 from jaxinfer.graph.retrace import Program, split
@@ -36,6 +36,8 @@ class Wanted(NamedTuple):
         counts: its histogram.
         gram: XᵀX of all rows X that the weights are multiplied with.
         columns: sums and largest magnitudes of the columns of X.
+
+    In a convolution in groups, each group has rows of its own.
     """
 
     counts: bool = False
@@ -46,6 +48,8 @@ class Wanted(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """What a product was fed with over all batches; X are the rows that its weights were multiplied with.
+
+    Each group of a convolution in groups has an X of its own, and its own entry in a first axis of what follows.
 
     Attributes:
         seen: its range, and the histogram if it was asked for.
@@ -240,15 +244,29 @@ def _statistics(operand: _Operand, wanted: Wanted) -> dict[str, Any]:
         step = jnp.maximum(found["reach"], jnp.finfo(jnp.float32).tiny) / (BINS / 2)
         places = jnp.clip(jnp.floor(x / step) + BINS // 2, 0, BINS - 1).astype(jnp.int32)
         found["counts"] = jnp.zeros(BINS, jnp.int32).at[places.reshape(-1)].add(1)
-    if (wanted.gram or wanted.columns) and as_matrix(node, side) is not None:
-        every = jax.vmap(lambda v: rows_of(node, side, v))(x)
-        rows = every.reshape(-1, every.shape[-1])
+    if wanted.gram or wanted.columns:
+        rows = _rows(node, side, x)
         found["rows"] = jnp.asarray(rows.shape[0])
         if wanted.gram:
-            found["gram"] = lax.dot_general(rows, rows, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+            groups = (tuple(range(1, rows.ndim - 1)),) * 2
+            found["gram"] = lax.dot_general(rows, rows, (((0,), (0,)), groups), precision=lax.Precision.HIGHEST)
         if wanted.columns:
             found["sums"], found["largest"] = rows.sum(0), jnp.abs(rows).max(0)
     return found
+
+
+def _rows(node: Node, side: int, x: Any) -> Any:
+    """What weights are multiplied with, over all runs: [rows, k], or [rows, groups, k] of a convolution in groups."""
+    every = jax.vmap(lambda v: rows_of(node, side, v))(x)
+    rows = every.reshape(-1, every.shape[-1])
+    groups = int(node.params.get("feature_group_count", 1))
+    if groups == 1:
+        return rows
+    # Features, those of a group side by side, follow one another faster than positions of the window.
+    numbers = node.params["dimension_numbers"]
+    features = x.shape[1 + numbers.lhs_spec[1]] // groups
+    apart = rows.reshape(rows.shape[0], -1, groups, features)
+    return jnp.swapaxes(apart, 1, 2).reshape(rows.shape[0], groups, -1)
 
 
 def _inputs(number: int, raw: Mapping[str, Any]) -> Inputs:

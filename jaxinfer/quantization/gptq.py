@@ -33,8 +33,6 @@ _BLOCK = 128
 class GPTQ:
     """Rounds parameters so that the results of their products on the calibration data stay what they are.
 
-    Parameters of convolutions in groups, whose channels have different inputs, go to the nearest values.
-
     Attributes:
         act_order: begin with the rows that are fed with the largest inputs, while most others can still make good for
             them. Scales are settled before the first row is rounded then.
@@ -51,7 +49,7 @@ class GPTQ:
             raise ValueError(f"damping={self.damping}: it takes a positive share, or H may have no inverse")
 
     def wanted(self, layer: Layer, scheme: Scheme) -> Wanted | None:
-        return Wanted(gram=True) if layer.is_matrix else None
+        return Wanted(gram=True)
 
     def write(self, layer: Layer, array: Any, scheme: Scheme, inputs: Inputs | None) -> Written:
         form = scheme.weights
@@ -59,28 +57,28 @@ class GPTQ:
         axes, group_axis = layer.axes(form)
         make = clipped_array if self.clip else quantize_array
         start = make(array, form, axes, group_axis)
-        if not layer.is_matrix:
-            return Written(start)
         assert inputs is not None and inputs.gram is not None
-        numbers = layer.matrix(scale_numbers(layer.shape, form, np.shape(start.scale), group_axis))
+        numbers = layer.by_group(layer.matrix(scale_numbers(layer.shape, form, np.shape(start.scale), group_axis)))
         rounding = Rounding(form, numbers, start.scale, start.zero_point, self.clip and form.has_scale)
         matrix = np.asarray(layer.matrix(np.asarray(array)), np.float64)
         # In another order a group has no beginning at which its scales could be chosen.
         settled = self.act_order or group_axis is None
-        order = np.argsort(-np.diag(inputs.gram), kind="stable") if self.act_order else np.arange(len(matrix))
-        rounded = gptq(matrix, inputs.gram, rounding, order, self.damping, settled)
-        values = layer.array(rounded.astype(np.float32))
+        gram = inputs.gram.reshape(-1, *inputs.gram.shape[-2:])
+        sizes = np.diagonal(gram, axis1=1, axis2=2).sum(0)
+        order = np.argsort(-sizes, kind="stable") if self.act_order else np.arange(len(matrix))
+        rounded = gptq(layer.by_group(matrix), gram, rounding, order, self.damping, settled)
+        values = layer.array(np.concatenate(list(rounded), 1).astype(np.float32))
         scale, zero_point = rounding.scales(np.shape(start.scale))
         written = quantize_array(values, form, axes, group_axis, scale=scale, zero_point=zero_point)
         return Written(replace(written, dtype=start.dtype))
 
 
 class Rounding:
-    """The nearest values of a format, row by row of a matrix.
+    """The nearest values of a format, row by row of a matrix, or of the matrices of all groups.
 
     Args:
         form: the format.
-        numbers: which scale holds for each entry, int[k, n].
+        numbers: which scale holds for each entry, int[..., k, n].
         scale, zero_point: all of them; None where the format has none.
         clip: whether scales that are chosen anew clip.
     """
@@ -91,10 +89,10 @@ class Rounding:
         self._zero = None if zero_point is None else np.asarray(zero_point).reshape(-1).copy()
 
     def row(self, i: int, x: np.ndarray) -> np.ndarray:
-        """The values nearest to row i, float64[n]."""
+        """The values nearest to row i, float64[..., n]."""
         if self._scale is None:
             return x.astype(self._form.dtype).astype(np.float64)
-        at = self._numbers[i]
+        at = self._numbers[..., i, :]
         scale = self._scale[at].astype(np.float64)
         zero = 0.0 if self._zero is None else self._zero[at].astype(np.float64)
         y = np.round(x / scale) + zero if self._form.is_integer else x / scale
@@ -103,7 +101,7 @@ class Rounding:
 
     def group(self, i: int) -> int:
         """One past the last row of the group that begins with row i; i itself if none begins there."""
-        first = self._numbers[:, 0]
+        first = self._numbers[..., 0].reshape(-1, self._numbers.shape[-2])[0]
         if i and first[i] == first[i - 1]:
             return i
         last = i + 1
@@ -114,14 +112,15 @@ class Rounding:
     def settle(self, i: int, rows: np.ndarray) -> None:
         """Chooses the scales of the group that begins with row i by the rows it has now."""
         form = replace(self._form, per="channel")
-        block = jnp.asarray(rows, jnp.float32)
+        block = jnp.asarray(np.moveaxis(rows, -2, 0).reshape(rows.shape[-2], -1), jnp.float32)
+        at = self._numbers[..., i, :].reshape(-1)
         scale, zero_point = (
             clipped_scale(block, form, (1,)) if self._clip else scale_of(*ranges(block, form, (1,)), form)
         )
         assert self._scale is not None
-        self._scale[self._numbers[i]] = np.asarray(scale)[0]
+        self._scale[at] = np.asarray(scale)[0]
         if self._zero is not None:
-            self._zero[self._numbers[i]] = np.asarray(zero_point)[0]
+            self._zero[at] = np.asarray(zero_point)[0]
 
     def scales(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
         """All scales and zero points, in a shape."""
@@ -139,37 +138,42 @@ def gptq(
     """Rounds a matrix so that ‖X(W − Ŵ)‖² stays small.
 
     Args:
-        matrix: W, float64[k, n].
-        gram: XᵀX, float64[k, k].
+        matrix: W, float64[k, n]; those of several groups, which have inputs of their own, as [groups, k, n].
+        gram: XᵀX, float64[k, k] or [groups, k, k].
         rounding: to what.
         order: which row comes when, a permutation of the rows.
         damping: share of the mean of the diagonal that is added to it.
         settled: whether scales are; otherwise each group's are chosen when its first row is reached.
 
     Returns:
-        Ŵ, float64[k, n].
+        Ŵ, float64 of W's shape.
     """
-    factor = _factor(gram[np.ix_(order, order)], damping)
-    work, rounded = matrix[order].copy(), np.empty_like(matrix)
-    count = len(work)
+    factor = _factor(gram[..., order[:, None], order], damping)
+    work, rounded = matrix[..., order, :].copy(), np.empty_like(matrix)
+    count = len(order)
     for start in range(0, count, _BLOCK):
         end = min(start + _BLOCK, count)
-        errors = np.zeros((end - start, work.shape[1]))
+        errors = np.zeros((*work.shape[:-2], end - start, work.shape[-1]))
         for i in range(start, end):
             if not settled and (last := rounding.group(i)) > i:
                 # Rows beyond this block have not been told of its errors yet.
-                pending = factor[start:i, end:last].T @ errors[: i - start]
-                rounding.settle(i, np.concatenate([work[i : min(last, end)], work[end:last] - pending]))
-            rounded[order[i]] = rounding.row(int(order[i]), work[i])
-            errors[i - start] = (work[i] - rounded[order[i]]) / factor[i, i]
-            work[i:end] -= np.outer(factor[i, i:end], errors[i - start])
-        work[end:] -= factor[start:end, end:].T @ errors
+                pending = factor[..., start:i, end:last].swapaxes(-1, -2) @ errors[..., : i - start, :]
+                rows = [work[..., i : min(last, end), :], work[..., end:last, :] - pending]
+                rounding.settle(i, np.concatenate(rows, -2))
+            values = rounding.row(int(order[i]), work[..., i, :])
+            rounded[..., order[i], :] = values
+            error = (work[..., i, :] - values) / factor[..., i, i, None]
+            errors[..., i - start, :] = error
+            work[..., i:end, :] -= factor[..., i, i:end, None] * error[..., None, :]
+        work[..., end:, :] -= factor[..., start:end, end:].swapaxes(-1, -2) @ errors
     return rounded
 
 
 def _factor(gram: np.ndarray, damping: float) -> np.ndarray:
     """U of H⁻¹ = UᵀU."""
-    mean = float(np.mean(np.diag(gram)))
-    damped = gram + (damping * mean if mean > 0 else 1.0) * np.eye(len(gram))
-    root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    return np.asarray(solve_triangular(root, np.eye(len(gram))))
+    one = np.eye(gram.shape[-1])
+    mean = np.diagonal(gram, axis1=-2, axis2=-1).mean(-1)[..., None, None]
+    damped = gram + np.where(mean > 0, damping * mean, 1.0) * one
+    roots = np.linalg.cholesky(damped[..., ::-1, ::-1])[..., ::-1, ::-1]
+    inverses = [solve_triangular(root, one) for root in roots.reshape(-1, *one.shape)]
+    return np.stack(inverses).reshape(gram.shape)

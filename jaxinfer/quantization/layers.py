@@ -86,10 +86,12 @@ class Layer:
         """The number of the first product that reads it."""
         return self.reads[0].position
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether all channels have the same inputs: every product but a convolution in groups."""
-        return self.reads[0].groups == 1
+    def by_group(self, matrix: Any) -> np.ndarray:
+        """A matrix [summed, kept] as those of channels that have the same inputs: [groups, summed, kept / groups].
+
+        There is one group but in a convolution in groups.
+        """
+        return np.stack(np.split(np.asarray(matrix), self.reads[0].groups, 1))
 
     def axes(self, form: Format) -> tuple[tuple[int, ...], int | None]:
         """The ``axes`` and ``group_axis`` with which :func:`quantize_array` writes it in a format."""

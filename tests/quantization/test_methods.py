@@ -71,6 +71,30 @@ def test_convolutions(per) -> None:
     assert np.abs(errors[1].mean((0, 1, 2))).max() < 1e-4
 
 
+@pytest.mark.parametrize("features", [1, 2])
+def test_convolutions_in_groups(features) -> None:
+    """Each group has inputs, and a Cholesky factor, of its own."""
+    rng = np.random.default_rng(2)
+    channels = 4 * features
+    x = np.cumsum(np.cumsum(rng.normal(size=(6, 7, 7, channels)), 1), 2) * np.geomspace(1, 20, channels) + 1
+    x = x.astype(np.float32)
+    params = jnp.asarray(rng.normal(size=(3, 3, features, 8)), jnp.float32)
+
+    def convolution(w, x):
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
+        )
+
+    exact, errors = np.asarray(convolution(params, x)), []
+    for method in (Nearest(), GPTQ(clip=False), BiasCorrected()):
+        program, new = quantize(convolution, params, Scheme(Format("int4")), [x], method=method, tune="off")
+        errors.append(np.asarray(program(new, x)) - exact)
+    nearest, gptq, corrected = errors
+    ratios = np.sum(gptq**2, (0, 1, 2)) / np.sum(nearest**2, (0, 1, 2))
+    assert ratios.mean() < 0.75
+    assert np.abs(corrected.mean((0, 1, 2))).max() < 1e-4 * np.abs(exact).max()
+
+
 def test_smoothing_helps_where_a_channel_sticks_out(data) -> None:
     params, x = data
     plain, smooth = (np.sum(_error(params, x, Int8(), m) ** 2) for m in (Nearest(), SmoothQuant(0.5)))
