@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.analysis.structure import aligned_axes, is_static, layout, moves_units, rebind
+from jaxinfer.analysis.structure import Layout, again, aligned_axes, is_static, layout, moves_units, rebind
 from jaxinfer.graph import Graph, Node, Value
-from jaxinfer.rewriting import Find, Match, Pattern, Rule, op, var
+from jaxinfer.rewriting import Find, Match, Pattern, Rule, is_float, op, var
 
 _IDEMPOTENT = ("reduce_max", "reduce_min", "reduce_and", "reduce_or")
 _REDUCE = ("reduce_sum", "reduce_prod", *_IDEMPOTENT)
@@ -40,6 +40,35 @@ def _find_repeats(graph: Graph, node: Node) -> Match | None:
     return Match(graph, (Value(node, 0),), {"x": found.source})
 
 
+def _find_factor(graph: Graph, node: Node) -> Match | None:
+    parts = _factor(node)
+    if parts is None:
+        return None
+    x, k = parts
+    return Match(graph, (Value(node, 0),), {"x": x} if k is None else {"x": x, "k": k.source})
+
+
+def _factor(node: Node) -> tuple[Value, Layout | None] | None:
+    """x and k of a sum of x · k or x / k, where k is the same along all that is summed; x alone of a sum of -x."""
+    total, axes = node.inputs[0], node.params["axes"]
+    inner = total.node
+    # Sums of float16 end at 65,504: there the factor may be what keeps them finite.
+    if inner.op not in ("mul", "div", "neg") or not is_static(total) or total.dtype == jnp.float16:
+        return None
+    if inner.op == "neg":
+        return inner.inputs[0], None
+    if inner.op == "div" and not is_float(total):
+        return None
+    for x, k in (inner.inputs, inner.inputs[::-1])[: 1 if inner.op == "div" else 2]:
+        if x.shape == total.shape and is_static(k):
+            found = layout(k)
+            if len(found.axes) != len(total.shape):  # a scalar beside an array
+                found = Layout(found.source, (None,) * len(total.shape))
+            if not found.varies & set(axes):
+                return x, found
+    return None
+
+
 # -- replacements -----------------------------------------------------------------------------------------------------
 
 
@@ -61,6 +90,17 @@ def _reduce_then_repeat(m: Match, x: Any) -> Any:
         reduced = lax.mul(reduced, jnp.asarray(count).astype(x.dtype))
     kept = [i for i in range(len(operand.shape)) if i not in axes]
     return lax.broadcast_in_dim(reduced, node.aval.shape, [kept.index(i) for i in along if i in kept])
+
+
+def _factor_after_sum(m: Match, x: Any, k: Any = None) -> Any:
+    node = m.roots[0].node
+    reduced = rebind(node, x)
+    _, factor = again(_factor(node))
+    if factor is None:
+        return lax.neg(reduced)
+    kept = [i for i in range(x.ndim) if i not in node.params["axes"]]
+    small = factor.spread(k, [kept.index(i) if i in kept else 0 for i in range(x.ndim)], len(kept))
+    return (lax.mul if node.inputs[0].node.op == "mul" else lax.div)(reduced, small)
 
 
 def _reduce_twice(m: Match, x: Any) -> Any:
@@ -90,6 +130,18 @@ def _reduce_before_reshape(m: Match, x: Any) -> Any:
 def _case(function: Callable[..., Any], *shapes: Sequence[int]) -> Callable[[Any], Iterator[Any]]:
     """One function on arrays of the given shapes."""
     return lambda s: iter([(function, tuple(s.array(*shape) for shape in shapes))])
+
+
+def _factor_cases(s: Any) -> Iterator[Any]:
+    s.only("float32", "float64", "bfloat16", "complex64", "int32")
+    shape = a, b, _ = s.shape(3)
+    x, along = s.array(*shape), s.positive(b)
+    yield lambda x, k: lax.reduce_sum(x * k[:, None], (0, 2)), (x, along)
+    yield lambda x, k: lax.reduce_sum(k.T[:, :, None] * x, (2,)), (x, s.positive(b, a))
+    yield lambda x, k: lax.reduce_sum(x * k, (0, 1)), (x, s.positive())
+    yield lambda x: lax.reduce_sum(-x, (1,)), (x,)
+    s.floating_only()
+    yield lambda x, k: lax.reduce_sum(x / k[:, None], (0, 2)), (x, along)
 
 
 def _any(*names: str, **options: Any) -> Pattern:
@@ -122,6 +174,16 @@ RULES: tuple[Rule, ...] = (
         "reassociate",
         when=lambda m: m.nodes["inner"].op == m.nodes["outer"].op,
         cases=_case(lambda x: lax.reduce_sum(lax.reduce_sum(x, (1,)), (0,)), (2, 3, 4)),
+    ),
+    Rule(
+        "factor-after-sum",
+        "Σ (k x) → k Σ x, Σ (x / k) → (Σ x) / k and Σ -x → -Σ x where k is the same along what is summed; where k is "
+        "infinite, the sum of infinities of both signs was NaN",
+        Find(("reduce_sum",), _find_factor),
+        _factor_after_sum,
+        "reassociate",
+        cases=_factor_cases,
+        finite=True,
     ),
     Rule(
         "reduce-before-transpose",

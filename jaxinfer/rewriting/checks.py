@@ -192,9 +192,9 @@ def _error_ratio(case: Case, evaluate: Pair, samples: Sequence[Sequence[Any]]) -
         for i, (a, b, exact) in enumerate(zip(old, new, _reals(case.before, inputs))):
             if _is_real_or_complex(a) and a.size:
                 finite = np.isfinite(exact) & np.isfinite(a)
-                scale, was, now = (
-                    float(np.max(np.abs(x), initial=0, where=finite)) for x in (exact, a - exact, b - exact)
-                )
+                with np.errstate(invalid="ignore"):  # where both are infinite nothing is compared
+                    differences = (exact, a - exact, b - exact)
+                scale, was, now = (float(np.max(np.abs(x), initial=0, where=finite)) for x in differences)
                 errors.setdefault(i, []).append((scale, was, now if np.isfinite(now) else np.inf))
                 ulp = max(ulp, float(jnp.finfo(case.before.outputs[i].dtype).eps))
     worst = 0.0

@@ -112,12 +112,15 @@ def _is_symbolic(aval: Any) -> bool:
 
 
 def _is_view(node: Node, user: Node | None) -> bool:
-    """Whether a known node only looks at a part of an array, where XLA fuses that into what reads it.
+    """Whether a known node only looks at a part of an array, or widens it, where XLA fuses that into what reads it.
 
-    Folded, the taps of one kernel would become as many arguments. For a product, a slice would be copied at each call.
+    Folded, the taps of one kernel would become as many arguments, and weights in fewer bits would be read in more. For
+    a product, a slice would be copied at each call, and so would a wider array.
     """
     if user is None or user.op not in _FUSED:
         return False
+    if node.op == "convert_element_type" and nbytes(node.aval) > nbytes(node.inputs[0].aval):
+        return True
     while node.op in ("reshape", "squeeze", "broadcast_in_dim") and nbytes(node.aval) == nbytes(node.inputs[0].aval):
         node = node.inputs[0].node
     return node.op == "slice"
