@@ -114,6 +114,9 @@ class QuantizedProgram:
     It is traced anew for each kind of arguments, so it takes any batch size the original takes.
 
     Attributes:
+        program: the original.
+        names: key paths of the parameters.
+        treated: what happens at products that read quantized ones, by their number in the program.
         report: what became of each parameter.
     """
 
@@ -124,7 +127,7 @@ class QuantizedProgram:
         treated: Mapping[int, Treated],
         report: QuantizationReport,
     ):
-        self._program, self._names, self._treated = program, tuple(names), treated
+        self.program, self.names, self.treated = program, tuple(names), treated
         self._jit = jax.jit(self._run, static_argnums=2)
         self.report = report
         functools.update_wrapper(self, program.fun, updated=())
@@ -138,9 +141,9 @@ class QuantizedProgram:
         """The arrays among the parameters, quantized or not, and their tree with types of the whole arrays."""
         leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
         values = [x for x in leaves if is_quantized(x) or is_data(x)]
-        if len(values) != len(self._names):
-            raise ValueError(f"expected {len(self._names)} parameters, got {len(values)}")
-        shapes = iter(self._program.shapes)
+        if len(values) != len(self.names):
+            raise ValueError(f"expected {len(self.names)} parameters, got {len(values)}")
+        shapes = iter(self.program.shapes)
         whole = []
         for x in leaves:
             if is_quantized(x):
@@ -153,10 +156,10 @@ class QuantizedProgram:
 
     def _run(self, values: Sequence[Any], others: Sequence[Any], static: CallStatic) -> Any:
         types = [
-            jax.ShapeDtypeStruct(s, x.dtype) if is_quantized(x) else x for s, x in zip(self._program.shapes, values)
+            jax.ShapeDtypeStruct(s, x.dtype) if is_quantized(x) else x for s, x in zip(self.program.shapes, values)
         ]
-        graph, tree = self._program.trace([*types, *others], static, keep_custom=True)
-        domain = OnCodes(graph, self._treated, self._names)
+        graph, tree = self.program.trace([*types, *others], static, keep_custom=True)
+        domain = OnCodes(graph, self.treated, self.names)
         inputs = [Weights.of(i, x) if is_quantized(x) else x for i, x in enumerate(values)]
         return jax.tree.unflatten(tree, run_on(graph, domain, [*inputs, *others]))
 
