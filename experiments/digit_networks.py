@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 
 from jaxinfer.models import digits
+from jaxinfer.models.cnn import CNN
 from jaxinfer.models.lenet import LeNet5
 from jaxinfer.models.mlp import MLP
 from jaxinfer.models.resnet import ResNet
@@ -65,11 +66,13 @@ class Network:
 
 NETWORKS = {
     "lenet300": Network(MLP((300, 100, 10)), digits.mnist, flat=True),
+    "cnn": Network(CNN(), digits.mnist),
     "lenet5": Network(LeNet5(), digits.mnist),
     "resnet": Network(ResNet((1, 1, 1), width=24, classes=10, stem=3, pool=False), digits.mnist, normalized=True),
     "mlp": Network(MLP((100, 50, 10)), digits.small, flat=True),
 }
-"""By name: LeNet-300-100, LeNet-5 and a residual network on MNIST, a perceptron on scikit-learn's small digits."""
+"""By name: LeNet-300-100, the small CNN of the zoo, LeNet-5 and a residual network on MNIST; a perceptron on
+scikit-learn's small digits."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def _words(count: int, seed: int) -> Items:
     return (g2p.encode([words[index] for index in np.random.default_rng(seed).permutation(len(words))[:count]]),)
 
 
-def _is_spelled(items: Items, results: Any) -> np.ndarray:
+def is_spelled(items: Items, results: Any) -> np.ndarray:
     """Which words are spelled as the dictionary has them."""
     known = pronunciations()
     words = ["".join(g2p.GRAPHEMES[letter] for letter in row if letter > g2p.WORD_END) for row in items[0]]
@@ -77,7 +77,7 @@ SUBJECTS = {
     ),
     # The first phoneme's logits depend on everything but the decoder's later steps, which follow what was chosen.
     "g2p": Subject(
-        _words, lambda results: jax.nn.softmax(results[1][:, 0]), _is_kernel, lambda name: False, _is_spelled
+        _words, lambda results: jax.nn.softmax(results[1][:, 0]), _is_kernel, lambda name: False, is_spelled
     ),
 }
 

@@ -53,6 +53,38 @@ def preprocess(image: np.ndarray, size: int = 224) -> np.ndarray:
     return (np.asarray(cut, np.float32) - 127) / 128
 
 
+def crops(name: str, count: int, seed: int, size: int = 224) -> np.ndarray:
+    """Random crops of one of PHOTOGRAPHS, as networks are shown them in training.
+
+    Each covers 35 to 100 % of the area at an aspect ratio of 3/4 to 4/3, is resized with bicubic interpolation,
+    mirrored half of the time, and made up to 20 % darker or brighter.
+
+    Args:
+        name: of the photograph.
+        count: how many.
+        seed: they are drawn with.
+        size: side of the result, in pixels.
+
+    Returns:
+        float32[count, size, size, 3], in [−1, 1].
+    """
+    from PIL import Image
+
+    image, rng = photograph(name), np.random.default_rng(seed)
+    height, width, _ = image.shape
+    found = []
+    for _ in range(count):
+        area, ratio = height * width * rng.uniform(0.35, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        across, down = min(round((area * ratio) ** 0.5), width), min(round((area / ratio) ** 0.5), height)
+        left, top = rng.integers(0, width - across + 1), rng.integers(0, height - down + 1)
+        cut = Image.fromarray(image[top : top + down, left : left + across])
+        pixels = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC), np.float32)
+        if rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        found.append((np.clip(pixels * rng.uniform(0.8, 1.2), 0, 255) - 127) / 128)
+    return np.stack(found).astype(np.float32)
+
+
 def photographs(size: int = 224) -> np.ndarray:
     """All PHOTOGRAPHS, prepared: float32[2, size, size, 3]."""
     return np.stack([preprocess(photograph(name), size) for name in PHOTOGRAPHS])

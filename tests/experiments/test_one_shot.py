@@ -48,7 +48,7 @@ def test_unknown_granularity():
 def test_words_are_judged_by_the_dictionary():
     sounds = [[*map(g2p.PHONEMES.index, spelling.split()), g2p.END] for spelling in ("SH IH1 P", "B D G")]
     items = (g2p.encode(["ship", "ship"]),)
-    assert one_shot._is_spelled(items, (np.array(sounds), None)).tolist() == [True, False]
+    assert one_shot.is_spelled(items, (np.array(sounds), None)).tolist() == [True, False]
 
 
 @pytest.mark.slow
