@@ -35,7 +35,7 @@ class Wanted(NamedTuple):
     Attributes:
         counts: its histogram.
         gram: XᵀX of all rows X that the weights are multiplied with.
-        columns: sums and largest magnitudes of the columns of X.
+        columns: sums, least and greatest entries of the columns of X.
 
     In a convolution in groups, each group has rows of its own.
     """
@@ -56,14 +56,20 @@ class Inputs:
         rows: how many rows there were.
         gram: XᵀX, float64[k, k]; None if not asked for.
         sums: sum of X over rows, float64[k]; None if not asked for.
-        largest: largest magnitude of each column of X, float64[k]; None if not asked for.
+        lows, highs: least and greatest entry of each column of X, float64[k]; None if not asked for.
     """
 
     seen: Seen
     rows: int
     gram: np.ndarray | None = None
     sums: np.ndarray | None = None
-    largest: np.ndarray | None = None
+    lows: np.ndarray | None = None
+    highs: np.ndarray | None = None
+
+    @property
+    def largest(self) -> np.ndarray | None:
+        """Largest magnitude of each column of X, float64[k]; None if not asked for."""
+        return None if self.lows is None or self.highs is None else np.maximum(-self.lows, self.highs)
 
     def merged(self, other: Inputs) -> Inputs:
         """Both together."""
@@ -76,7 +82,8 @@ class Inputs:
             self.rows + other.rows,
             both(self.gram, other.gram, np.add),
             both(self.sums, other.sums, np.add),
-            both(self.largest, other.largest, np.maximum),
+            both(self.lows, other.lows, np.minimum),
+            both(self.highs, other.highs, np.maximum),
         )
 
 
@@ -251,7 +258,7 @@ def _statistics(operand: _Operand, wanted: Wanted) -> dict[str, Any]:
             groups = (tuple(range(1, rows.ndim - 1)),) * 2
             found["gram"] = lax.dot_general(rows, rows, (((0,), (0,)), groups), precision=lax.Precision.HIGHEST)
         if wanted.columns:
-            found["sums"], found["largest"] = rows.sum(0), jnp.abs(rows).max(0)
+            found["sums"], found["lows"], found["highs"] = rows.sum(0), rows.min(0), rows.max(0)
     return found
 
 
@@ -276,5 +283,5 @@ def _inputs(number: int, raw: Mapping[str, Any]) -> Inputs:
         )
     counts = raw["counts"].astype(np.float64) if "counts" in raw else None
     seen = Seen(float(raw["low"]), float(raw["high"]), counts, float(raw["reach"]))
-    wide = {k: raw[k].astype(np.float64) for k in ("gram", "sums", "largest") if k in raw}
+    wide = {k: raw[k].astype(np.float64) for k in ("gram", "sums", "lows", "highs") if k in raw}
     return Inputs(seen, int(raw.get("rows", 0)), **wide)

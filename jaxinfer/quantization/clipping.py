@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxinfer.quantization.calibrate import Inputs, Wanted
 from jaxinfer.quantization.layers import Layer
 from jaxinfer.quantization.method import Written
 from jaxinfer.quantization.scheme import Format, Group, Scheme
-from jaxinfer.quantization.tensor import codes_of, quantize_array, ranges, scale_of
+from jaxinfer.quantization.tensor import by_scale, quantize_array, ranges, scale_of
 
 # Shares of the whole range that are tried.
 _SHARES = np.linspace(1.0, 0.2, 81).tolist()
@@ -53,22 +56,21 @@ def clipped_scale(
     Returns:
         float32 and int8 arrays, shaped as :class:`Quantized` says.
     """
-    array = jnp.asarray(array, jnp.float32)
+    return _best(jnp.asarray(array, jnp.float32), form, axes, group_axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _best(array: Any, form: Format, axes: tuple[int, ...], group_axis: int | None) -> tuple[Any, Any]:
     low, high = ranges(array, form, axes, group_axis)
-    numbers = scale_numbers(array.shape, form, low.shape, group_axis)
-    least = np.full(low.size, np.inf)
-    best: Any = None
-    for share in _SHARES:
-        tried = scale_of(low * share, high * share, form)
-        errors = np.square(_written(array, form, group_axis, numbers, *tried) - np.asarray(array, np.float64))
-        sums = np.bincount(numbers.ravel(), errors.ravel(), low.size)
-        better = (sums < least).reshape(low.shape)
-        least = np.minimum(least, sums)
-        if best is None:
-            best = tried
-        else:
-            best = tuple(None if old is None else jnp.where(better, new, old) for old, new in zip(best, tried))
-    return best
+
+    def errors(share: Any) -> Any:
+        scale, zero_point = scale_of(low * share, high * share, form)
+        written = quantize_array(array, form, axes, group_axis, scale=scale, zero_point=zero_point).dequantize()
+        return by_scale(jnp.square(written - array), form, axes, group_axis, jnp.sum, "constant")
+
+    shares = jnp.asarray(_SHARES, jnp.float32)
+    best = shares[jnp.argmin(lax.map(errors, shares), 0)]
+    return scale_of(low * best, high * best, form)
 
 
 def scale_numbers(
@@ -80,10 +82,3 @@ def scale_numbers(
         assert isinstance(form.per, Group)
         numbers = np.take(numbers, np.arange(shape[group_axis]) // form.per.size, group_axis)
     return np.broadcast_to(numbers, shape)
-
-
-def _written(array: Any, form: Format, group_axis: int | None, numbers: Any, scale: Any, zero_point: Any) -> Any:
-    codes = np.asarray(codes_of(array, form, group_axis, scale, zero_point)).astype(np.float64)
-    if zero_point is not None:
-        codes -= np.asarray(zero_point, np.float64).reshape(-1)[numbers]
-    return codes * np.asarray(scale, np.float64).reshape(-1)[numbers]

@@ -55,14 +55,13 @@ class GPTQ:
         form = scheme.weights
         assert form is not None
         axes, group_axis = layer.axes(form)
-        make = clipped_array if self.clip else quantize_array
-        start = make(array, form, axes, group_axis)
+        # In another order a group has no beginning at which its scales could be chosen.
+        settled = self.act_order or group_axis is None
+        start = (clipped_array if self.clip and settled else quantize_array)(array, form, axes, group_axis)
         assert inputs is not None and inputs.gram is not None
         numbers = layer.by_group(layer.matrix(scale_numbers(layer.shape, form, np.shape(start.scale), group_axis)))
         rounding = Rounding(form, numbers, start.scale, start.zero_point, self.clip and form.has_scale)
         matrix = np.asarray(layer.matrix(np.asarray(array)), np.float64)
-        # In another order a group has no beginning at which its scales could be chosen.
-        settled = self.act_order or group_axis is None
         gram = inputs.gram.reshape(-1, *inputs.gram.shape[-2:])
         sizes = np.diagonal(gram, axis1=1, axis2=2).sum(0)
         order = np.argsort(-sizes, kind="stable") if self.act_order else np.arange(len(matrix))

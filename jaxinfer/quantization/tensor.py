@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,20 +167,33 @@ def quantize_array(
 def ranges(array: Any, form: Format, axes: tuple[int, ...] = (), group_axis: int | None = None) -> tuple[Any, Any]:
     """The least and greatest entry of everything that shares a scale, shaped like scales."""
     array = jnp.asarray(array, jnp.float32)
+    # The last group is filled up with copies of its last entry.
+    low, high = (by_scale(array, form, axes, group_axis, reduce, "edge") for reduce in (jnp.min, jnp.max))
+    return low, high
+
+
+def by_scale(
+    array: Any, form: Format, axes: tuple[int, ...], group_axis: int | None, reduce: Callable[..., Any], filled: str
+) -> Any:
+    """One number of all entries that share a scale, shaped like scales.
+
+    Args:
+        array: of any type.
+        form, axes, group_axis: what shares a scale: see :func:`quantize_array`.
+        reduce: as ``jnp.sum`` is called.
+        filled: with what the last group is, where it is smaller: a mode of ``jnp.pad``.
+    """
     others = tuple(a for a in range(array.ndim) if a not in axes and a != group_axis)
     if group_axis is None:
-        return jnp.min(array, others, keepdims=True), jnp.max(array, others, keepdims=True)
+        return reduce(array, others, keepdims=True)
     assert isinstance(form.per, Group)
     size, group = array.shape[group_axis], form.per.size
     count = -(-size // group)
-    # The last group is filled up with copies of its last entry.
     padding = [(0, count * group - size if a == group_axis else 0) for a in range(array.ndim)]
-    array = jnp.pad(array, padding, mode="edge")
+    array = jnp.pad(array, padding, mode=filled)
     shape = (*array.shape[:group_axis], count, group, *array.shape[group_axis + 1 :])
     reduced = (group_axis + 1, *(a + (a > group_axis) for a in others))
-    apart = array.reshape(shape)
-    low, high = jnp.min(apart, reduced, keepdims=True), jnp.max(apart, reduced, keepdims=True)
-    return jnp.squeeze(low, group_axis + 1), jnp.squeeze(high, group_axis + 1)
+    return jnp.squeeze(reduce(array.reshape(shape), reduced, keepdims=True), group_axis + 1)
 
 
 def scale_of(low: Any, high: Any, form: Format) -> tuple[Any, Any]:

@@ -45,6 +45,8 @@ def test_figures_are_those_of_all_batches() -> None:
     np.testing.assert_allclose(first.gram, x.T @ x, rtol=1e-5)
     np.testing.assert_allclose(first.sums, x.sum(0), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(first.largest, np.abs(x).max(0), rtol=1e-6)
+    np.testing.assert_allclose(first.lows, x.min(0), rtol=1e-6)
+    np.testing.assert_allclose(first.highs, x.max(0), rtol=1e-6)
     assert first.seen.counts.sum() == x.size and first.seen.reach == pytest.approx(np.abs(x).max())
     # Every entry is counted within two bins of where it is.
     ends = np.linspace(-first.seen.reach, first.seen.reach, BINS + 1)
