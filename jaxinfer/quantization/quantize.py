@@ -255,10 +255,9 @@ def _static(scheme: Scheme, inputs: Inputs | None, smooth: Any) -> Static | None
         return None
     assert inputs is not None
     if smooth is not None:
-        if inputs.largest is None:
+        if inputs.lows is None or inputs.highs is None:
             raise ValueError("a method that smooths static activations has to ask for columns")
-        most = float(np.max(inputs.largest / smooth))
-        return Static.of(form, -most, most)
+        return Static.of(form, float(np.min(inputs.lows / smooth)), float(np.max(inputs.highs / smooth)))
     levels = int(form.high - form.low) + 1 if form.is_integer else 2**form.bits
     return Static.of(form, *scheme.observer.range(inputs.seen, levels, form.affine))
 

@@ -35,9 +35,9 @@ class SmoothQuant:
 
     Attributes:
         alpha: how much of the difficulty goes to the weights, 0 to 1. None tries several on each layer, and no
-            smoothing at all, which is best where channels are large only now and then, as behind a GELU. What errs least on the
-            calibration data is taken, by an estimate: ‖X (W − Ŵ)‖², and for activations what uniform noise of the size
-            of their steps makes of the weights.
+            smoothing at all, which is best where channels are large only now and then, as behind a GELU. What errs
+            least on the calibration data is taken, by an estimate: ‖X (W − Ŵ)‖², and for activations what uniform
+            noise of the size of their steps makes of the weights.
         method: how the weights are written then.
     """
 
