@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class Value(NamedTuple):
         return self.node.op
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Node:
     """One operation. ``op`` is ``"input"``, ``"const"`` or the name of a JAX primitive.
 
@@ -73,7 +73,6 @@ class Node:
     effects: frozenset[Any] = frozenset()
     context: Any = None
     source: Any = None
-    _params_key: list[Any] = field(default_factory=list, init=False, repr=False)
 
     @property
     def aval(self) -> Any:
@@ -86,27 +85,22 @@ class Node:
         """Whether this is a known array."""
         return self.op == "const"
 
-    @property
+    @cached_property
     def is_pure(self) -> bool:
         """Whether the node may be merged, moved, dropped or evaluated ahead of time."""
-        if self.effects or self.op in _UNIQUE:
-            return False
-        held = self.subgraphs
-        return not held or not any(g.is_stateful for g in held)
+        return not (self.effects or self.op in _UNIQUE or any(g.is_stateful for g in self.subgraphs))
 
     @property
     def value(self) -> Any:
         """The array of a constant."""
         return self.params["value"]
 
-    @property
+    @cached_property
     def params_key(self) -> Any:
-        """A hashable key of the parameters, computed once."""
-        if not self._params_key:
-            self._params_key.append(params_key(self.params))
-        return self._params_key[0]
+        """A hashable key of the parameters."""
+        return params_key(self.params)
 
-    @property
+    @cached_property
     def subgraphs(self) -> Sequence[Graph]:
         """The graphs that control flow holds."""
         found: list[Graph] = []
@@ -114,17 +108,19 @@ class Node:
             if isinstance(param, Graph):
                 found.append(param)
             elif isinstance(param, tuple):
-                for part in param:
-                    if isinstance(part, Graph):
-                        found.append(part)
+                found.extend(part for part in param if isinstance(part, Graph))
         return found
+
+    def on(self, inputs: tuple[Value, ...]) -> Node:
+        """The same operation on other operands."""
+        new = object.__new__(Node)
+        # With the fields goes what was found out about the parameters.
+        new.__dict__.update(self.__dict__, inputs=inputs)
+        return new
 
     def __repr__(self) -> str:
         shapes = ", ".join(a.str_short(True) if hasattr(a, "str_short") else str(a) for a in self.avals)
         return f"{self.op}[{shapes}]"
-
-
-_FIELDS = tuple(f.name for f in fields(Node) if f.init)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +224,7 @@ class Graph:
             "graph",
             tuple(_type_text(n.aval) for n in self.inputs),
             tuple(
-                (n.primitive, params_key(n.params), tuple(map(use, n.inputs)), context_key(n.context))
+                (n.primitive, n.params_key, tuple(map(use, n.inputs)), context_key(n.context))
                 for n in self.nodes
             ),
             tuple(map(use, self.outputs)),
@@ -305,11 +301,9 @@ class GraphBuilder:
         """The node with other operands (and parameters); the very same object when nothing differs."""
         # Equal constants come from different builders as different nodes.
         inputs = tuple(Value(self._known(v.node), 0) if v.node.op == "const" else v for v in inputs)
-        if not changes and inputs == node.inputs:
-            return self.add(node)
-        values = {name: changes.get(name, getattr(node, name)) for name in _FIELDS}
-        values["inputs"] = inputs
-        return self.add(Node(**values))
+        if changes:
+            return self.add(replace(node, inputs=inputs, **changes))
+        return self.add(node if inputs == node.inputs else node.on(inputs))
 
     def build(self, outputs: Sequence[Value], *, origin: Any = None, out_avals: Sequence[Any] = ()) -> Graph:
         """The finished graph: what the outputs and the effects need, in the order it was added."""

@@ -17,7 +17,7 @@ import jax
 
 from jaxinfer import _jax
 from jaxinfer.graph import Graph, GraphBuilder, Node, Value, splice
-from jaxinfer.graph.node import context_key, params_key
+from jaxinfer.graph.node import context_key
 from jaxinfer.rewriting.pattern import Match
 from jaxinfer.rewriting.rule import Find, Rule, RuleError
 
@@ -305,7 +305,7 @@ def _trace_key(rule: Rule, m: Match) -> Any:
     nodes = [m.roots[0].node, *m.nodes.values()]
     return (
         rule,
-        tuple((n.op, params_key(n.params), tuple(map(str, n.avals))) for n in nodes),
+        tuple((n.op, n.params_key, tuple(map(str, n.avals))) for n in nodes),
         tuple(m.nodes),
         tuple((name, str(v.aval), getattr(v.aval, "weak_type", None)) for name, v in m.values.items()),
         _same_values(m),

@@ -8,7 +8,7 @@ from derivatives_like_jax import check
 from jax import lax
 
 from jaxinfer import autoinfer
-from jaxinfer.differentiation.tables import bilinear, convolution
+from jaxinfer.differentiation.tables import bilinear, convolution, convolution_sums
 
 OURS = frozenset(bilinear.TANGENTS) | frozenset(convolution.TANGENTS)
 ON_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the forms are for XLA's CPU backend")
@@ -55,6 +55,13 @@ def test_like_jax(float64):
         return [convolve(x, k) for (convolve, _, _), x, k in zip(made, args[::2], args[1::2])]
 
     check(fun, *(array for _, x, k in made for array in (x, k)), ours=OURS, order=1)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("depthwise")])
+def test_like_jax_row_by_row(name, float64, monkeypatch):
+    monkeypatch.setattr(convolution_sums, "_MOST_BYTES", 0)
+    convolve, x, kernel = operands(name)
+    check(lambda x, k: [convolve(x, k)], x, kernel, ours=OURS | {"scan"}, order=1)
 
 
 @pytest.mark.parametrize("name", ["depthwise, strided", "depthwise, dilated, multiplied", "few places"])
