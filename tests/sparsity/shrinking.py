@@ -60,6 +60,21 @@ def error(fun: Callable[..., Any], params: Any, masks: Any, small: Any, small_pa
     return worst
 
 
+def rounding(fun: Callable[..., Any], params: Any, masks: Any, *args: Any) -> float:
+    """How far a masked program in float32 is from itself in float64, relative to the largest result of its array."""
+
+    def wide(x: Any) -> Any:
+        return np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def results(params: Any, args: Any) -> list[np.ndarray]:
+        return [np.asarray(y, np.float64) for y in jax.tree.leaves(jax.jit(fun)(masked(params, masks), *args))]
+
+    have = results(params, args)
+    with precision(jnp.float64):
+        want = results(*jax.tree.map(wide, (params, args)))
+    return max(float(np.abs(h - w).max() / np.abs(w).max()) for h, w in zip(have, want, strict=True))
+
+
 def check(fun: Callable[..., Any], params: Any, masks: Any, *args: Any, shapes: Any = None) -> tuple[Any, Any]:
     """Shrinks a float64 program and compares it with the masked one; ``shapes`` are those its arrays must have."""
     small, small_params = autoinfer.shrink(fun, params, masks, *args)

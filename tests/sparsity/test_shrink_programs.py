@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from programs import PROGRAMS
 from programs_base import Made
-from shrinking import TOLERANCE, error, precision, pruned
+from shrinking import TOLERANCE, error, precision, pruned, rounding
 
 from jaxinfer import autoinfer
 from jaxinfer.models.zoo import ZOO, load
@@ -57,11 +57,13 @@ def test_a_shrunk_program_equals_the_masked_one(name: str, dtype: Any) -> None:
         made = EVERYTHING[name](dtype)
         groups = autoinfer.channel_groups(made.fun, made.params, *made.inputs(BATCHES[0]))
         masks, kept = pruned(groups, 0.4)
-        small, small_params = autoinfer.shrink(made.fun, made.params, masks, *made.inputs(BATCHES[0]))
+        masked_one = made.fun, made.params, masks
+        small, small_params = autoinfer.shrink(*masked_one, *made.inputs(BATCHES[0]))
         for batch in BATCHES:
             inputs = made.inputs(batch)
-            limit = TOLERANCE[jnp.dtype(dtype).name]
-            assert error(made.fun, made.params, masks, small, small_params, *inputs) <= limit
+            limit, found = TOLERANCE[jnp.dtype(dtype).name], error(*masked_one, small, small_params, *inputs)
+            # Statistics of a small batch can turn the last place of float32 into more than that in any order of sums.
+            assert found <= limit or (dtype == jnp.float32 and found <= rounding(*masked_one, *inputs))
     # Every slice of a removed unit is gone, so the arrays hold what no mask touches.
     whole = sum(x.size for x in jax.tree.leaves(made.params))
     masked_entries = sum(int((~m).sum()) for m in jax.tree.leaves(masks))

@@ -147,6 +147,7 @@ def decide(
     *,
     stays: Sequence[Indices],
     only_masked: bool = False,
+    hide: bool = False,
 ) -> Parameter:
     """Which slices of a parameter go.
 
@@ -160,6 +161,7 @@ def decide(
         before: what it was needed for without them.
         stays: for each axis slices that do not go in any case.
         only_masked: let only slices go that are masked altogether.
+        hide: what is masked and needed by nothing is void instead of zero, so that nobody has to put zeros back.
     """
     shape = parameter.shape
     now, before = np.broadcast_to(now, shape), np.broadcast_to(before, shape)
@@ -177,10 +179,12 @@ def decide(
     for axis in range(len(shape)):
         others = tuple(a for a in range(len(shape)) if a != axis)
         # What goes along another axis anyway says nothing about this one.
-        rest = _there(shape, [NONE if a == axis else r for a, r in enumerate(removed)]) & ~masked
+        there = _there(shape, [NONE if a == axis else r for a, r in enumerate(removed)])
+        rest = there & ~masked
         needed, unused = (rest & (now == NUMBER)).any(axis=others), (rest & (now == UNUSED)).any(axis=others)
+        hidden = (~there | (now == UNUSED)).all(axis=others) if hide else False
         frozen.append(np.intersect1d(removed[axis], np.flatnonzero(needed)))
-        void.append(np.intersect1d(removed[axis], np.flatnonzero(unused & ~needed)))
+        void.append(np.intersect1d(removed[axis], np.flatnonzero((unused & ~needed) | hidden)))
     fill = np.where(_there(shape, void), values, np.zeros((), values.dtype))
     # A parameter none of which is needed may as well be zero.
     count = bool(np.any(~masked & (now != UNUSED)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,15 +91,20 @@ class Planner:
         """
         kept = [[NONE] * len(p.shape) for p in self.whole] if stays is None else [list(s) for s in stays]
         remarks: list[str] = []
+        hidden: set[int] = set()
+        tried: set[int] = set()
         for attempt in range(_ROUNDS + 1):
             only_masked = only_masked or attempt == _ROUNDS - 1
-            parameters = self._decided(kept, only_masked)
+            parameters = self._decided(kept, hidden, only_masked)
             domain = Replay()
             try:
                 self._walk(domain, parameters)
             except Undefined as error:
                 if only_masked:
                     raise
+                if hidden:
+                    hidden.clear()
+                    continue
                 remarks.append(f"stay although nothing seemed to need them: {error}")
                 if error.leaf is not None:
                     leaf, axis = error.leaf
@@ -109,18 +114,23 @@ class Planner:
                 continue
             if not domain.expanded or attempt >= _ROUNDS - 1:
                 break
-            # A slice that is put back wherever it is read had better stay.
+            # A slice that is put back wherever it is read had better stay, unless nothing needs what is put there.
             for (leaf, axis), indices in domain.expanded.items():
-                kept[leaf] = list(with_slices(kept[leaf], {axis: indices}))
+                if leaf in tried:
+                    kept[leaf] = list(with_slices(kept[leaf], {axis: indices}))
+            fresh = {leaf for leaf, _ in domain.expanded} - tried
+            hidden |= fresh
+            tried |= fresh
         rejoined = {f"{op} ({line})" if line else op: n for (op, line), n in domain.notes.items()}
         return Plan(tuple(parameters), rejoined, tuple(remarks))
 
-    def _decided(self, kept: Stays, only_masked: bool) -> list[Parameter]:
+    def _decided(self, kept: Stays, hidden: Collection[int], only_masked: bool) -> list[Parameter]:
+        uses = zip(self._uses.now, self._uses.before)
         return [
-            decide(p, v, m, now, before, stays=k, only_masked=only_masked) if p.is_plain else p
-            for p, v, m, now, before, k in zip(
-                self.whole, self.values, self.masks, self._uses.now, self._uses.before, kept
-            )
+            decide(p, v, m, now, before, stays=kept[i], only_masked=only_masked, hide=i in hidden and not only_masked)
+            if p.is_plain
+            else p
+            for i, (p, v, m, (now, before)) in enumerate(zip(self.whole, self.values, self.masks, uses))
         ]
 
     def _walk(self, domain: Replay, parameters: Sequence[Parameter]) -> None:

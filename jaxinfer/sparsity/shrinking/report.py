@@ -139,12 +139,13 @@ def leaf_report(p: Parameter, mask: np.ndarray | None) -> LeafReport:
         gone, void, frozen = p.removed[axis], p.void[axis], p.frozen[axis]
         others = tuple(a for a in range(len(p.shape)) if a != axis)
         empty = np.zeros(size, bool) if mask is None else ~mask.any(axis=others)
+        unused = int((~empty[void]).sum())
         axes.append(
             AxisReport(
                 size=size,
                 kept=size - len(gone),
-                masked=len(gone) - len(void) - len(frozen),
-                unused=len(void),
+                masked=len(gone) - unused - len(frozen),
+                unused=unused,
                 constant=len(frozen),
                 zeros=int(empty.sum() - empty[gone].sum()),
             )
