@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import _jax, ready
-from jaxinfer.analysis.cost import nbytes
+from jaxinfer.analysis.cost import nbytes, seconds
 from jaxinfer.graph import Graph, GraphBuilder, Value, emit, is_inline, trace
 from jaxinfer.pipeline import Improved, RuleError, Settings, improve, platform_now
 from jaxinfer.search.batch import batch_variants
 from jaxinfer.search.cache import default_cache
+from jaxinfer.search.device import default_peaks
 from jaxinfer.search.measure import PairedRatio, compare, time_candidates
 from jaxinfer.search.options import compiler_options
 from jaxinfer.search.verify import Agreement, agree, guilty, nudge, split_at_decisions
@@ -260,8 +261,8 @@ def _forms(
         parts = [(f"rewritten, {name}", g) for name, g in variants]
         for name, form in parts:
             forms.append(Form(name, form))
-        for words, options in compiler_options(platform):
-            forms.extend(Form(f"{name}, {words}", form, options) for name, form in (whole, *parts[:1]))
+        for trial in compiler_options(platform, seconds(graph, default_peaks(platform), platform)):
+            forms.extend(Form(f"{name}, {trial.words}", form, trial.options) for name, form in (whole, *parts[:1]))
     if not forms:
         program.reason = "no rule improves it"
     return forms

@@ -17,6 +17,7 @@ from jaxinfer.rewrites import (
     movement,
     padding,
     parallel_products,
+    pooling,
     product_layouts,
     recurrence,
     reductions,
@@ -45,6 +46,7 @@ RULES: tuple[Rule, ...] = (
     *loop_forms.RULES,
     *loop_blocks.RULES,
     *convolution.RULES,
+    *pooling.RULES,
     *sparse_weights.RULES,
 )
 

@@ -24,6 +24,9 @@ from jaxinfer.rewrites.winograd import winograd_kernel, winograd_product
 
 Params = Mapping[str, Any]
 
+# Of three partial sums each waits for its own additions only; more need more registers than there are.
+_PARTIAL_SUMS = 3
+
 
 class Window(NamedTuple):
     """What a channels-last form needs to know, one entry per spatial dimension where it is a tuple."""
@@ -165,6 +168,12 @@ def _total(terms: Sequence[Array]) -> Array:
     return functools.reduce(lax.add, terms)
 
 
+def _total_in_parts(terms: Sequence[Array]) -> Array:
+    """A sum of many terms within one fusion, as a few sums side by side: in a single chain each addition waits."""
+    size = -(-len(terms) // _PARTIAL_SUMS)
+    return _total([_total(terms[i : i + size]) for i in range(0, len(terms), size)])
+
+
 @_form
 def pointwise_as_dot(x: Array, kernel: Array, window: Window) -> Array:
     """A convolution with a window of one position: y[p, k] = sum_c x[stride * p, c] w[c, k]."""
@@ -204,7 +213,7 @@ def few_channels_as_shifted_sum(x: Array, kernel: Array, window: Window) -> Arra
         for c in range(x.shape[-1]):
             weights = kernel[at][c].astype(wide).reshape((1,) * (read.ndim - 1) + (kernel.shape[-1],))
             terms.append(read[..., c : c + 1].astype(wide) * weights)
-    return _total(terms).astype(window.dtype)
+    return _total_in_parts(terms).astype(window.dtype)
 
 
 @_form
