@@ -28,19 +28,23 @@ def one_fold(name: str, options: Mapping[str, Any], fold: int, folds: int, kept:
 
     Args:
         name: of the network, in `digit_networks.NETWORKS`.
-        options: ``training`` (fields of `Training`), ``method`` of `autoinfer.learn_masks`, ``fraction`` of weights
+        options: ``pretraining`` (fields of `Training`: what both networks learn before anything is pruned) and
+            ``training``, ``method`` of `autoinfer.learn_masks`, ``fraction`` of weights
             that is left, ``teach`` (the weight of distillation from the dense network), and the ``ways``, each with the
             ``goal``, how many points may be lost, and ``smaller``, how many times as small the file is to be.
         fold, folds: which of how many.
         kept: plays no part.
         tiny: a few items and steps.
     """
-    network, fields = NETWORKS[name], dict(options["training"])
-    training = Training(**{**fields, "steps": 12} if tiny else fields)
+    network = NETWORKS[name]
+    earlier, training = (
+        Training(**{**options[phase], "steps": 12} if tiny else options[phase]) for phase in ("pretraining", "training")
+    )
     images, classes = (x[:: _EVERY[tiny]] for x in network.data())
     train_on, held_out = stratified_folds(classes, folds, 0)[fold]
     feed = training.batches(network, images[train_on], classes[train_on], fold)
-    start = network.start(images, jax.random.key(fold))
+    first = earlier.batches(network, images[train_on], classes[train_on], 1_000 + fold)
+    start = train(network, network.start(images, jax.random.key(fold)), first, earlier)
     dense = train(network, start, feed, training)
     learned = autoinfer.learn_masks(
         network.loss,

@@ -186,6 +186,7 @@ def test_training_with_rounding_recovers_what_four_bits_lose():
 @pytest.mark.slow
 def test_a_pruned_network_is_judged_as_it_comes_from_its_file():
     options = {
+        "pretraining": TRAINING,
         "training": TRAINING,
         "method": {"name": "Magnitude", "schedule": {"name": "Cubic", "begin": 0.1, "end": 0.5, "every": 2}},
         "fraction": 0.2,
