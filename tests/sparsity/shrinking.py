@@ -1,4 +1,4 @@
-"""What tests of `shrink` share: masks of whole units, and the masked program to compare with."""
+"""What tests of `shrink` share: masks, a small network, and the masked program to compare with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxinfer import autoinfer
 from jaxinfer.sparsity.groups import Groups
@@ -88,3 +89,45 @@ def random_tree(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, jax.Array
     """Normal random arrays by name."""
     rng = np.random.default_rng(seed)
     return {name: jnp.asarray(rng.standard_normal(shape)) for name, shape in shapes.items()}
+
+
+def normal(*shape: int, seed: int = 1) -> jax.Array:
+    """A normal random array."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def without(size: int, *gone: int) -> np.ndarray:
+    """A mask of a vector without some entries."""
+    keep = np.ones(size, bool)
+    keep[list(gone)] = False
+    return keep
+
+
+def columns(shape: tuple[int, ...], *gone: int, axis: int = -1) -> np.ndarray:
+    """A mask without some slices along an axis."""
+    mask = np.ones(shape, bool)
+    np.moveaxis(mask, axis, 0)[list(gone)] = False
+    return mask
+
+
+def mlp(p: Any, x: Any) -> Any:
+    """Three dense layers."""
+    h = jax.nn.relu(x @ p["a"] + p["b"])
+    h = jnp.tanh(h @ p["c"] + p["d"])
+    return h @ p["e"] + p["f"]
+
+
+MLP = {"a": (4, 8), "b": (8,), "c": (8, 6), "d": (6,), "e": (6, 3), "f": (3,)}
+
+
+def mlp_masks(**masks: Any) -> dict[str, Any]:
+    """Masks of some of its parameters."""
+    return {**dict.fromkeys(MLP), **masks}
+
+
+def conv(x: Any, w: Any, groups: int = 1, padding: str = "SAME", stride: int = 1) -> Any:
+    """A convolution over channels-last images."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, w, (stride, stride), padding, dimension_numbers=numbers, feature_group_count=groups
+    )
