@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import optax
@@ -19,13 +19,18 @@ _TOLERANCE = 0.01
 
 
 def sparsify_targets(
-    request: Request, networks: Sequence[str], shares: Sequence[float], methods: Sequence[str], steps: int
+    request: Request,
+    networks: Mapping[str, int | None],
+    shares: Sequence[float],
+    methods: Sequence[str],
+    steps: int,
 ) -> list[Row]:
     """Asks every method for every share of the work of every network, shrinks, and counts what is left.
 
     Args:
         request: where to print and write; its models play no part.
-        networks: names in the zoo; their weights are random.
+        networks: names in the zoo, with random weights, and the side of the images they are trained on in pixels, or
+            None for all of the image; what is asked for and got is counted on whole images in any case.
         shares: of the dense program's multiply-accumulates.
         methods: names in `autoinfer`.
         steps: of training, on made-up targets.
@@ -34,10 +39,12 @@ def sparsify_targets(
         MeasurementError: a run failed in its process.
     """
     rows = []
-    for name in networks:
-        found = fresh(measure, name=name, shares=list(shares), methods=list(methods), steps=steps, tiny=request.tiny)
-        append(request.output, found)
-        rows += found
+    for name, side in networks.items():
+        for method in methods:
+            options = {"side": side, "shares": list(shares), "method": method, "steps": steps, "tiny": request.tiny}
+            found = fresh(measure, name=name, **options)
+            append(request.output, found)
+            rows += found
     columns = ("model", "method", "asked for", "got", "one unit", "holds")
     note = (
         f"shares of the dense multiply-accumulates; holds: within {_TOLERANCE:.0%}, or within one unit if that is more"
@@ -46,42 +53,43 @@ def sparsify_targets(
     return rows
 
 
-def measure(name: str, shares: Sequence[float], methods: Sequence[str], steps: int, tiny: bool) -> list[Row]:
-    """One network, here and now: a row for each method and share."""
+def measure(name: str, side: int | None, shares: Sequence[float], method: str, steps: int, tiny: bool) -> list[Row]:
+    """One network and method, here and now: a row for each share."""
     model = load(name, tiny=tiny, pretrained=False)
+    seen = model.inputs if side is None else tuple(x[:, :side, :side] for x in model.inputs)
     groups = autoinfer.channel_groups(model.apply, model.variables, *model.inputs)
     dense = groups.macs()
     rows = []
-    for method in methods:
-        for share in shares:
-            learned = autoinfer.learn_masks(
-                lambda variables, batch: model.loss(variables, *batch),
-                model.variables,
-                [model.inputs],
-                autoinfer.Target(flops=share),
-                optax.sgd(1e-4),
-                method=getattr(autoinfer, method)(),
-                granularity="channel",
-                groups=groups,
-                steps=steps,
-                progress=False,
-            )
-            small, small_variables = autoinfer.shrink(model.apply, learned.params, learned.masks, *model.inputs)
-            got = autoinfer.channel_groups(small, small_variables, *model.inputs).macs() / dense
-            unit = _largest_unit(groups, learned.kept) / dense
-            rows.append(
-                {
-                    "task": "sparsify_targets",
-                    "model": name,
-                    "tiny": tiny,
-                    "method": method,
-                    **environment(),
-                    "asked": share,
-                    "got": got,
-                    "unit": unit,
-                    "holds": abs(got - share) <= max(_TOLERANCE, unit),
-                }
-            )
+    for share in shares:
+        learned = autoinfer.learn_masks(
+            lambda variables, batch: model.loss(variables, *batch),
+            model.variables,
+            [seen],
+            autoinfer.Target(flops=share),
+            optax.sgd(1e-4),
+            method=getattr(autoinfer, method)(),
+            granularity="channel",
+            groups=groups,
+            steps=steps,
+            progress=False,
+        )
+        small, small_variables = autoinfer.shrink(model.apply, learned.params, learned.masks, *model.inputs)
+        got = autoinfer.channel_groups(small, small_variables, *model.inputs).macs() / dense
+        unit = _largest_unit(groups, learned.kept) / dense
+        rows.append(
+            {
+                "task": "sparsify_targets",
+                "model": name,
+                "tiny": tiny,
+                "method": method,
+                "side": side,
+                **environment(),
+                "asked": share,
+                "got": got,
+                "unit": unit,
+                "holds": abs(got - share) <= max(_TOLERANCE, unit),
+            }
+        )
     return rows
 
 

@@ -140,15 +140,17 @@ def test_speed_rows(tmp_path):
 
 @pytest.mark.slow
 def test_targets_are_met_on_the_shrunk_program():
-    rows = sparsify_targets.measure("mlp", [0.37, 0.6], ["Magnitude", "L0"], steps=2, tiny=True)
-    assert [(row["method"], row["asked"]) for row in rows] == [
-        ("Magnitude", 0.37),
-        ("Magnitude", 0.6),
-        ("L0", 0.37),
-        ("L0", 0.6),
-    ]
+    options = {"side": None, "shares": [0.37, 0.6], "steps": 2, "tiny": True}
+    rows = [row for method in ("Magnitude", "L0") for row in sparsify_targets.measure("mlp", method=method, **options)]
+    assert [row["asked"] for row in rows] == [0.37, 0.6, 0.37, 0.6]
     for row in rows:
         assert row["holds"] and abs(row["got"] - row["asked"]) <= max(0.01, row["unit"])
+
+
+@pytest.mark.slow
+def test_work_on_whole_images_is_counted_whatever_is_trained_on():
+    (row,) = sparsify_targets.measure("resnet18", side=8, shares=[0.5], method="Magnitude", steps=1, tiny=True)
+    assert row["holds"] and row["side"] == 8
 
 
 @pytest.mark.slow
