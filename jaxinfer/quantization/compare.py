@@ -16,7 +16,8 @@ from jaxinfer.graph import Graph, Node
 from jaxinfer.graph.retrace import is_data, split
 from jaxinfer.quantization.calibrate import CalibrationError, arguments
 from jaxinfer.quantization.layers import product_positions
-from jaxinfer.quantization.program import OnCodes, QuantizedProgram, Treated, is_quantized
+from jaxinfer.quantization.program import OnCodes, QuantizedProgram, Treated
+from jaxinfer.quantization.tensor import Quantized
 
 
 class ProductError(NamedTuple):
@@ -55,7 +56,7 @@ def product_errors(
         CalibrationError: there is no batch.
     """
     originals = [jnp.asarray(x) for x in jax.tree.leaves(params) if is_data(x)]
-    values = [x for x in jax.tree.leaves(quantized, is_leaf=is_quantized) if is_quantized(x) or is_data(x)]
+    values = program.values(quantized)
     runs: dict[Any, Any] = {}
     sums: dict[int, np.ndarray] = {}
     for batch in batches:
@@ -78,7 +79,7 @@ def _comparison(program: QuantizedProgram, graph: Graph) -> Any:
 
     def run(values: Sequence[Any], originals: Sequence[Any], others: Sequence[Any]) -> dict[int, Any]:
         domain = _Comparing(graph, program.treated, program.names, positions, originals)
-        inputs = [Weights.of(i, x) if is_quantized(x) else x for i, x in enumerate(values)]
+        inputs = [Weights.of(i, x) if program.is_held(x) else x for i, x in enumerate(values)]
         run_on(graph, domain, [*inputs, *others])
         return domain.sums
 
@@ -109,7 +110,7 @@ class _Comparing(OnCodes):
     def product(self, node: Node, side: int, weights: Weights, x: Any) -> Any:
         w, x = self.array(weights), self.other(x)
         exact = bound(node, [x, w] if side else [w, x])
-        if is_quantized(weights.value):
+        if isinstance(weights.value, Quantized):
             written = super().product(node, side, weights, x)
             pair = (written.astype(jnp.float32) - exact, exact.astype(jnp.float32))
             self.sums[self._positions[node]] = jnp.stack([jnp.sum(jnp.square(part)) for part in pair])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from jaxinfer import _jax
-from jaxinfer.analysis.weights import OnWeights, Weights, bound, run_on
+from jaxinfer.analysis.reparametrized import Reparametrized
+from jaxinfer.analysis.weights import OnWeights, Weights, bound
 from jaxinfer.graph import Graph, Node, Value
-from jaxinfer.graph.retrace import Program, is_data, split
-from jaxinfer.graph.retrace import Static as CallStatic
+from jaxinfer.graph.retrace import Program
 from jaxinfer.quantization.activations import Codes, Static
 from jaxinfer.quantization.forms import Use, apply
 from jaxinfer.quantization.layers import matrix_form, product_positions
@@ -108,10 +105,8 @@ def _real(x: Any) -> Any:
     return x.real() if isinstance(x, Codes) else x
 
 
-class QuantizedProgram:
+class QuantizedProgram(Reparametrized):
     """A program some of whose parameters are :class:`Quantized`; called like the original, with the new parameters.
-
-    It is traced anew for each kind of arguments, so it takes any batch size the original takes.
 
     Attributes:
         program: the original.
@@ -120,6 +115,8 @@ class QuantizedProgram:
         report: what became of each parameter.
     """
 
+    form = Quantized
+
     def __init__(
         self,
         program: Program,
@@ -127,47 +124,12 @@ class QuantizedProgram:
         treated: Mapping[int, Treated],
         report: QuantizationReport,
     ):
-        self.program, self.names, self.treated = program, tuple(names), treated
-        self._jit = jax.jit(self._run, static_argnums=2)
-        self.report = report
-        functools.update_wrapper(self, program.fun, updated=())
+        super().__init__(program, names)
+        self.treated, self.report = treated, report
 
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        values, whole = self._taken(params)
-        arrays, static = split((whole, args, kwargs))
-        return self._jit(values, arrays[len(values) :], static)
-
-    def _taken(self, params: Any) -> tuple[list[Any], Any]:
-        """The arrays among the parameters, quantized or not, and their tree with types of the whole arrays."""
-        leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
-        values = [x for x in leaves if is_quantized(x) or is_data(x)]
-        if len(values) != len(self.names):
-            raise ValueError(f"expected {len(self.names)} parameters, got {len(values)}")
-        shapes = iter(self.program.shapes)
-        whole = []
-        for x in leaves:
-            if is_quantized(x):
-                whole.append(jax.ShapeDtypeStruct(next(shapes), x.dtype))
-            else:
-                if is_data(x):
-                    next(shapes)
-                whole.append(x)
-        return values, jax.tree.unflatten(tree, whole)
-
-    def _run(self, values: Sequence[Any], others: Sequence[Any], static: CallStatic) -> Any:
-        types = [
-            jax.ShapeDtypeStruct(s, x.dtype) if is_quantized(x) else x for s, x in zip(self.program.shapes, values)
-        ]
-        graph, tree = self.program.trace([*types, *others], static, keep_custom=True)
-        domain = OnCodes(graph, self.treated, self.names)
-        inputs = [Weights.of(i, x) if is_quantized(x) else x for i, x in enumerate(values)]
-        return jax.tree.unflatten(tree, run_on(graph, domain, [*inputs, *others]))
+    def domain(self, graph: Graph) -> OnCodes:
+        return OnCodes(graph, self.treated, self.names)
 
     def explain(self) -> QuantizationReport:
         """What became of each parameter, and why."""
         return self.report
-
-
-def is_quantized(x: Any) -> bool:
-    """Whether a node of a tree is an array in fewer bits."""
-    return isinstance(x, Quantized)

@@ -29,6 +29,11 @@ class Factors(NamedTuple):
     left: Any
     right: Any
 
+    @property
+    def dtype(self) -> Any:
+        """Element type of the parameter."""
+        return self.left.dtype
+
 
 class FactorsError(Exception):
     """A factored parameter is read by something else than the product it was factored for."""

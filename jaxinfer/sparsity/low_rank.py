@@ -22,8 +22,9 @@ from rich.table import Table
 
 from jaxinfer import _jax
 from jaxinfer.analysis.matrices import matrix_of
+from jaxinfer.analysis.reparametrized import Reparametrized
 from jaxinfer.analysis.weights import Read, Weights, bound, run_on
-from jaxinfer.graph import Node
+from jaxinfer.graph import Graph, Node
 from jaxinfer.graph.retrace import Program, Static, is_data, leaf_name, split
 from jaxinfer.search.measure import time_candidates
 from jaxinfer.sparsity.errors import ShrinkError
@@ -94,59 +95,40 @@ def _microseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e6 * seconds:.0f} µs"
 
 
-class LowRank:
+class LowRank(Reparametrized):
     """A program some of whose parameters are :class:`Factors`; called like the original, with the new parameters.
 
-    It is traced anew for each kind of arguments, so it takes any batch size the original takes.
-
     Attributes:
+        program: the original.
+        names: key paths of the parameters.
+        factored: positions of those that are factored.
         report: what became of each parameter.
     """
 
+    form = Factors
+
     def __init__(self, program: Program, names: Sequence[str], factored: frozenset[int], report: LowRankReport):
-        self._program, self._names, self._factored = program, tuple(names), factored
-        self._jit = jax.jit(self._run, static_argnums=2)
-        self.report = report
-        functools.update_wrapper(self, program.fun, updated=())
+        super().__init__(program, names)
+        self.factored, self.report = factored, report
+
+    def domain(self, graph: Graph) -> OnFactors:
+        return OnFactors()
+
+    def values(self, params: Any) -> list[Any]:
+        found = super().values(params)
+        for i, (name, x) in enumerate(zip(self.names, found)):
+            if self.is_held(x) != (i in self.factored):
+                raise ValueError(f"{name} is {'not ' if i in self.factored else ''}factored in this program")
+        return found
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        values, whole = self._taken(params)
-        arrays, static = split((whole, args, kwargs))
         try:
-            return self._jit(values, arrays[len(values) :], static)
+            return super().__call__(params, *args, **kwargs)
         except FactorsError as error:
             raise ShrinkError(
-                f"for arguments of these shapes the program reads {self._names[error.leaf]} otherwise than in the call "
+                f"for arguments of these shapes the program reads {self.names[error.leaf]} otherwise than in the call "
                 "it was factored for: factor it with such arguments"
             ) from error
-
-    def _taken(self, params: Any) -> tuple[list[Any], Any]:
-        """The arrays and factors among the parameters, and their tree with types of the whole arrays."""
-        leaves, tree = jax.tree.flatten(params, is_leaf=_is_factors)
-        values = [x for x in leaves if _is_factors(x) or is_data(x)]
-        if len(values) != len(self._names):
-            raise ValueError(f"expected {len(self._names)} parameters, got {len(values)}")
-        for i, (name, x) in enumerate(zip(self._names, values)):
-            if _is_factors(x) != (i in self._factored):
-                raise ValueError(f"{name} is {'not ' if i in self._factored else ''}factored in this program")
-        shapes = iter(self._program.shapes)
-        whole = []
-        for x in leaves:
-            if _is_factors(x):
-                whole.append(jax.ShapeDtypeStruct(next(shapes), x.left.dtype))
-            else:
-                if is_data(x):
-                    next(shapes)
-                whole.append(x)
-        return values, jax.tree.unflatten(tree, whole)
-
-    def _run(self, values: Sequence[Any], others: Sequence[Any], static: Static) -> Any:
-        types = [
-            jax.ShapeDtypeStruct(s, x.left.dtype) if _is_factors(x) else x for s, x in zip(self._program.shapes, values)
-        ]
-        graph, tree = self._program.trace([*types, *others], static, keep_custom=True)
-        inputs = [Weights.of(i, x) if _is_factors(x) else x for i, x in enumerate(values)]
-        return jax.tree.unflatten(tree, run_on(graph, OnFactors(), [*inputs, *others]))
 
     def explain(self) -> LowRankReport:
         """What became of each parameter, and why."""
@@ -197,10 +179,6 @@ def low_rank(
     new = jax.tree.unflatten(tree, [next(values) if is_data(leaf) else leaf for _, leaf in leaves])
     report = LowRankReport(tuple(layer.report for layer in ranked.values()))
     return LowRank(program, names, frozenset(found), report), new
-
-
-def _is_factors(x: Any) -> bool:
-    return isinstance(x, Factors)
 
 
 # -- calibration ------------------------------------------------------------------------------------------------------
