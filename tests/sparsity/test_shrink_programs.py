@@ -1,4 +1,4 @@
-"""Every program of the list and every model of the zoo: pruned by whole units, shrunk, compared at two batch sizes."""
+"""Every program of the lists and every model of the zoo: pruned by whole units, shrunk, compared at two batch sizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from programs import PROGRAMS
 from programs_base import Made
+from programs_later import LATER
 from shrinking import TOLERANCE, error, precision, pruned, rounding
 
 from jaxinfer import autoinfer
@@ -30,7 +31,7 @@ def of_zoo(name: str) -> Callable[[Any], Made]:
     return make
 
 
-EVERYTHING = {**{p.name: p.make for p in PROGRAMS}, **{f"zoo-{name}": of_zoo(name) for name in ZOO}}
+EVERYTHING = {**{p.name: p.make for p in (*PROGRAMS, *LATER)}, **{f"zoo-{name}": of_zoo(name) for name in ZOO}}
 
 
 def left_of(group: Group, report: Any) -> int:
