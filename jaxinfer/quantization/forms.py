@@ -211,6 +211,17 @@ def _blocks(use: Use, x: Any) -> Any:
     return result(use.node, use.side, _corrected(use, y).astype(use.dtype))
 
 
+def _multiplied(use: Use, x: Any) -> Any:
+    """One row: weights are widened, multiplied and summed in one pass over them as they lie."""
+    q = use.quantized
+    w = lax.transpose(columns(use.node, use.side, use.codes()), (1, 0))
+    r = _smoothed(use, rows(use.node, use.side, real(x)).astype(jnp.float32))
+    y = jnp.sum(w.astype(jnp.float32) * r, 1)[None]
+    if q.zero_point is not None:
+        y = y - jnp.sum(r) * use.kept(q.zero_point)
+    return result(use.node, use.side, _corrected(use, y * use.kept(q.scale)).astype(use.dtype))
+
+
 def _per_group(use: Use, x: Any, k: int) -> Any:
     """Scales or zero points of the weights: [n, groups]."""
     q = use.quantized
@@ -289,12 +300,13 @@ FORMS: Mapping[str, Form] = {
     "int8 shifts": _convolution_form(integer.depthwise),
     "digits": _digits_form("rows"),
     "digits, columns": _digits_form("columns"),
+    "multiply and sum": _multiplied,
     "dequantize": _dequantize,
     "dequantize in blocks": _blocks,
     "rounded": _rounded,
 }
 # Those for which weights lie with the summed axes last.
-TURNED = frozenset(["int8 product, columns", "digits, columns", "dequantize in blocks"])
+TURNED = frozenset(["int8 product, columns", "digits, columns", "multiply and sum", "dequantize in blocks"])
 
 
 def forms_of(layer: Layer, scheme: Scheme) -> list[str]:
@@ -321,6 +333,8 @@ def forms_of(layer: Layer, scheme: Scheme) -> list[str]:
             found += ["int8 convolution"]
     elif activations is None:
         in_groups = not isinstance(weights.per, str)
+        if few and weights.number == "int8" and not in_groups and count(node, side) == 1:
+            found += ["multiply and sum"]
         if few and short and weights.is_integer and not in_groups:
             found += ["digits", "digits, columns"]
         if few and kept % _BLOCK == 0 and kept > _BLOCK and (not in_groups or _whole_groups(layer, weights)):
@@ -342,6 +356,8 @@ def fitting(form: str, node: Node, side: int) -> str:
     """The form to use at a product of other shapes than those it was chosen for."""
     if form in TURNED and not _at_most(count(node, side), _FEW_ROWS):
         return {"int8 product, columns": "int8 product"}.get(form, "dequantize")
+    if form == "multiply and sum" and count(node, side) != 1:
+        return "dequantize"
     if form == "digits" and not _at_most(count(node, side), _FEW_ROWS):
         return "dequantize"
     return form

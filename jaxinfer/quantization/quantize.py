@@ -15,19 +15,19 @@ import numpy as np
 from jaxinfer.graph.retrace import Program, is_data, leaf_name, split
 from jaxinfer.quantization.activations import Static
 from jaxinfer.quantization.calibrate import CalibrationError, Inputs, arguments, calibrate
+from jaxinfer.quantization.chain import Timed, fastest
 from jaxinfer.quantization.forms import FLOAT, forms_of
 from jaxinfer.quantization.layers import Found, Layer, find_layers
-from jaxinfer.quantization.measure import BETWEEN, Timings, laid_out
+from jaxinfer.quantization.measure import Timings, laid_out
 from jaxinfer.quantization.method import Method, Nearest, Written, wanted_by
 from jaxinfer.quantization.program import QuantizedProgram, QuantizeError, Treated
 from jaxinfer.quantization.report import LayerReport, QuantizationReport
 from jaxinfer.quantization.scheme import Override, Scheme, SchemeError
 from jaxinfer.quantization.tensor import Quantized
+from jaxinfer.search.cache import default_cache
 from jaxinfer.search.choose import describe
 
 Prefer = Literal["speed", "size"]
-# Faster by less than this is within the noise.
-_MARGIN = 0.95
 
 
 class QuantizationWarning(UserWarning):
@@ -60,7 +60,8 @@ def quantize(
         prefer: ``"speed"``: a parameter stays in floating point where no form of its scheme is faster. ``"size"``:
             every parameter that the scheme applies to is written in fewer bits, and the fastest form for it is used.
         method: how parameters are written; by default every entry goes to the nearest value.
-        tune: ``"auto"`` times; ``"off"`` times nothing and uses the scheme everywhere, the same on every machine.
+        tune: ``"auto"`` times what the cache does not have; ``"off"`` times nothing and uses the scheme everywhere,
+            the same on every machine.
         progress: whether to show a progress bar over batches.
 
     Returns:
@@ -169,41 +170,29 @@ class _Plan:
 
     def choose(self) -> None:
         """Settles the form of each layer."""
-        total = sum(x.size * x.dtype.itemsize for x in self.arrays)
-        timings = Timings(total)
+        timings = Timings(sum(x.size * x.dtype.itemsize for x in self.arrays), default_cache())
+        timed: list[Timed] = []
         for layer in self.found.layers:
             scheme = self.schemes[layer.leaf]
             if scheme is None or scheme.weights is None:
                 self.left[layer.leaf] = _Choice(FLOAT, {}, "left out by the scheme")
+                timed.append(Timed(layer.leaf, FLOAT, {}))
                 continue
-            choice = self._choice(layer, scheme, timings)
-            (self.left if choice.form == FLOAT else self.chosen)[layer.leaf] = choice
-        self._close_gaps()
-
-    def _close_gaps(self) -> None:
-        """Between two layers that hand codes on, a layer in floating point reads and writes codes: that is compared."""
-        order = [x.leaf for x in self.found.layers]
-        for before, leaf, after in zip(order, order[1:], order[2:]):
-            left = self.left.get(leaf)
-            if left is None or BETWEEN not in left.seconds or before not in self.chosen or after not in self.chosen:
+            forms = forms_of(layer, scheme)
+            if self._tune == "off":
+                self.chosen[layer.leaf] = _Choice("dequantize" if scheme.activations is None else forms[0], {})
                 continue
-            best = self._fastest(leaf, left.seconds)
-            if left.seconds[best] < _MARGIN * left.seconds[BETWEEN]:
-                del self.left[leaf]
-                self.chosen[leaf] = _Choice(best, left.seconds, "between codes")
-
-    def _fastest(self, leaf: int, seconds: Mapping[str, float]) -> str:
-        return min(forms_of(self.layers[leaf], self.schemes[leaf]), key=lambda f: seconds[f])
-
-    def _choice(self, layer: Layer, scheme: Scheme, timings: Timings) -> _Choice:
-        forms = forms_of(layer, scheme)
+            seconds = timings.of(layer, scheme)
+            timed.append(Timed(layer.leaf, min(forms, key=seconds.__getitem__), seconds))
         if self._tune == "off":
-            return _Choice("dequantize" if scheme.activations is None else forms[0], {})
-        seconds = timings.of(layer, scheme)
-        best = self._fastest(layer.leaf, seconds)
-        if self._prefer == "speed" and seconds[best] > _MARGIN * seconds[FLOAT]:
-            return _Choice(FLOAT, seconds, f"{best} takes {seconds[best] / seconds[FLOAT]:.2f} times as long")
-        return _Choice(best, seconds)
+            return
+        quantized = [bool(t.seconds) for t in timed] if self._prefer == "size" else fastest(timed)
+        for now, is_quantized in zip(timed, quantized):
+            if is_quantized:
+                between = self._prefer == "speed" and not now.is_faster
+                self.chosen[now.leaf] = _Choice(now.form, now.seconds, "between codes" if between else "")
+            elif now.seconds:
+                self.left[now.leaf] = _Choice(FLOAT, now.seconds, now.why_not)
 
     def write(self, layer: Layer, inputs: Mapping[int, Inputs]) -> None:
         """Writes a parameter and settles what happens at its products."""

@@ -119,11 +119,10 @@ def _is_view(node: Node, user: Node | None) -> bool:
     """
     if user is None or user.op not in _FUSED:
         return False
-    if node.op == "convert_element_type" and nbytes(node.aval) > nbytes(node.inputs[0].aval):
-        return True
     while node.op in ("reshape", "squeeze", "broadcast_in_dim") and nbytes(node.aval) == nbytes(node.inputs[0].aval):
         node = node.inputs[0].node
-    return node.op == "slice"
+    widens = node.op == "convert_element_type" and nbytes(node.aval) > nbytes(node.inputs[0].aval)
+    return widens or node.op == "slice"
 
 
 _FUSED = frozenset("mul add sub max min div broadcast_in_dim reshape squeeze convert_element_type neg".split())

@@ -228,20 +228,26 @@ def beside_itself(
 
 
 def time_candidates(
-    fns: Sequence[Callable[[], Any]], *, budget_s: float, clock: Clock = time.perf_counter
+    fns: Sequence[Callable[[], Any]],
+    *,
+    budget_s: float,
+    sample_s: float = _SAMPLE_S,
+    clock: Clock = time.perf_counter,
 ) -> list[float]:
     """Times equivalent forms to choose between, leaving off those that are clearly slower.
 
     Args:
         fns: the forms, called without arguments; results are waited for.
         budget_s: seconds, first calls included; each form is timed once even beyond it.
+        sample_s: seconds that one sample takes at least, in as many calls as that needs. Forms that use several
+            threads and are timed after one that does not begin each sample with waking them up.
         clock: seconds since some moment.
 
     Returns:
         Seconds per call of each form: the lower quartile of its samples, as noise only ever adds time.
     """
     deadline = clock() + budget_s
-    rounds = _Rounds(fns, clock)
+    rounds = _Rounds(fns, clock, sample_s)
     while rounds.active and rounds.done < _CANDIDATE_ROUNDS:
         started = clock()
         rounds.run()

@@ -209,31 +209,29 @@ def test_forms_are_timed() -> None:
     w, x = _scaled(rng, 64, 256), rng.normal(size=(1, 64)).astype(np.float32)
     q, small = autoinfer.quantize(lambda p, x: x @ p, w, autoinfer.Int8Weights(), [x], prefer="size")
     (layer,) = q.explain().layers
-    expected = {"float", "digits", "digits, columns", "dequantize in blocks", "dequantize"}
+    expected = {"float", "multiply and sum", "digits", "digits, columns", "dequantize in blocks", "dequantize"}
     assert set(layer.seconds) == expected and layer.form in expected - {"float"}
     assert min(layer.seconds[f] for f in expected - {"float"}) == layer.seconds[layer.form]
     assert _distance(q(small, x), x @ w) < 0.02
 
 
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(("side", "rows"), [(0, 3), (1, 3), (1, 1), (0, 1)])
 @pytest.mark.parametrize(
     "scheme",
     [
         autoinfer.Int8(),
         autoinfer.Int8Dynamic(),
         autoinfer.Int8Weights(),
+        Scheme(Format("int8", affine=True)),
         autoinfer.Int4(16),
         autoinfer.Int4(16, affine=True),
     ],
     ids=str,
 )
-def test_all_forms_agree(scheme, side) -> None:
+def test_all_forms_agree(scheme, side, rows) -> None:
     rng = np.random.default_rng(7)
     w = _scaled(rng, 2, 32, 128) if side else _scaled(rng, 128, 2, 32)
-    x = rng.normal(size=(3, 2, 32)).astype(np.float32)
-
-    def fun(p, x):
-        return jnp.einsum("bij,ijn->bn", x, p) if side else jnp.einsum("nij,bij->nb", p, x)
+    x = rng.normal(size=(rows, 2, 32)).astype(np.float32)
 
     def plain(p, x):
         axes = ((1, 2), (0, 1)) if side else ((1, 2), (1, 2))
@@ -246,6 +244,7 @@ def test_all_forms_agree(scheme, side) -> None:
     static = None if scheme.dynamic or scheme.activations is None else Static.of(scheme.activations, -3.0, 4.0)
     forms = forms_of(layer, scheme)
     assert len(forms) > 1 and set(forms) <= set(FORMS)
+    assert ("multiply and sum" in forms) == (rows == 1 and scheme.activations is None and scheme.weights.bits == 8)
     quantized = written(layer, jnp.asarray(w), scheme)
     want = plain(quantized.dequantize(), x)
     for form in forms:

@@ -47,6 +47,17 @@ def test_parts_of_one_array_stay_one_array():
     assert [c.aval.shape for c in new.constants if c.aval.shape] == [(8, 8)]
 
 
+def test_weights_in_fewer_bits_are_widened_where_that_is_fused():
+    narrow = jnp.arange(64, dtype=jnp.int8).reshape(8, 8)
+    _, new = _folded(lambda w, x: jnp.sum(w.T.astype(jnp.float32) * x[:, None], 2), narrow)
+    assert [c.aval.dtype for c in new.constants if c.aval.shape] == [jnp.int8]
+    assert sum(n.op == "convert_element_type" for n in new.nodes) == 1 and not any(
+        n.op == "transpose" for n in new.nodes
+    )
+    _, new = _folded(lambda w, x: x @ w.astype(jnp.float32), narrow)
+    assert [c.aval.dtype for c in new.constants if c.aval.shape] == [jnp.float32]
+
+
 def test_a_part_that_a_product_reads_is_cut_out_beforehand():
     _, new = _folded(lambda w, x: x[:, :4] @ w[:4], W)
     assert new.count("slice") == 1
