@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 .PHONY: help demo bench test test-all lint format clean
 
 help:
-	@echo "make demo      EfficientNet-Lite0 on real photographs, before and after (writes demo.html)"
+	@echo "make demo      EfficientNet-Lite0 on real photographs: as it is, optimized, in int8 (writes demo.html)"
 	@echo "make test      the tests, without the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff and mypy"

@@ -1,9 +1,9 @@
-"""The main job in one go: a pretrained network on real photographs, before and after."""
+"""The main job in one go: a pretrained network on real photographs: as it is, optimized, and in int8."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,47 +18,74 @@ from jaxinfer.experiments.task import speed, speed_cell
 from jaxinfer.models import images
 from jaxinfer.models.zoo import load
 from jaxinfer.pipeline import Tune
+from jaxinfer.quantization.report import QuantizationReport
 from jaxinfer.report import numbers, output
 from jaxinfer.report.sheet import Cell, Sheet
-from jaxinfer.search.measure import AgainstItself, not_slower
+from jaxinfer.search.measure import PairedRatio, interleaved
 
 MODEL = "efficientnet_lite0"
-_TIMING_SECONDS = {False: 10.0, True: 1.0}  # by whether the network is tiny
-_STEPS = 6
+_TIMING_SECONDS = {False: 12.0, True: 1.0}  # by whether the network is tiny
+_FEWEST_ROUNDS = 8
+_STEPS = 7
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """What the original and the optimized network see in one photograph.
+    """What the networks see in one photograph.
 
     Attributes:
         photograph: its file name.
-        before, after: the five likeliest classes with their probabilities, best first.
-        difference: the largest difference between the two networks' logits.
+        before, after, int8: the five likeliest classes with their probabilities, best first, of the original, the
+            optimized network and that in int8.
+        difference: the largest difference between the logits of the first two.
     """
 
     photograph: str
     before: list[tuple[str, float]]
     after: list[tuple[str, float]]
+    int8: list[tuple[str, float]]
     difference: float
 
     @property
     def same(self) -> bool:
-        """Whether both name the same classes in the same order."""
-        return [name for name, _ in self.before] == [name for name, _ in self.after]
+        """Whether the first two name the same classes in the same order."""
+        return self._names(self.before) == self._names(self.after)
+
+    @property
+    def same_in_int8(self) -> str:
+        """How much of the original's list is left in int8, in words."""
+        before, after = self._names(self.before), self._names(self.int8)
+        if before == after:
+            return "yes"
+        if set(before) == set(after):
+            return "yes, in another order" if before[0] == after[0] else "yes, with another first one"
+        shared = f"{len(set(before) & set(after))} of {len(before)}"
+        return f"{shared}, the same first one" if before[0] == after[0] else f"{shared}, another first one"
+
+    @staticmethod
+    def _names(seen: list[tuple[str, float]]) -> list[str]:
+        return [name for name, _ in seen]
 
     def sheet(self) -> Sheet:
-        """Both lists side by side."""
-        rows = [
-            (Cell(before), Cell(f"{p:.4%}"), Cell(f"{q:.4%}"), Cell(after, "" if before == after else "bad"))
-            for (before, p), (after, q) in zip(self.before, self.after, strict=True)
-        ]
-        note = f"largest difference of the logits {numbers.error(self.difference)}"
-        return Sheet(self.photograph, ("original", "", "", "optimized"), tuple(rows), (1, 2), note)
+        """The lists side by side."""
+        rows = []
+        for (before, p), (after, q), (int8, r) in zip(self.before, self.after, self.int8, strict=True):
+            different = "" if before == after else "bad"
+            rows.append(
+                (
+                    *(Cell(before), Cell(f"{p:.4%}")),
+                    *(Cell(after, different), Cell(f"{q:.4%}")),
+                    *(Cell(int8), Cell(f"{r:.4%}")),
+                )
+            )
+        note = f"largest difference of the logits {numbers.error(self.difference)} (optimized)"
+        return Sheet(self.photograph, ("original", "", "optimized", "", "int8", ""), tuple(rows), (1, 3, 5), note)
 
 
 def demo(html: Path, tune: Tune | float = "auto", tiny: bool = False, console: Console | None = None) -> bool:
-    """Optimizes a pretrained EfficientNet-Lite0, and shows what became of its answers and its speed.
+    """Optimizes a pretrained EfficientNet-Lite0, in float32 and in int8, and shows its answers and its speed.
+
+    Ranges for int8 come from the photographs themselves: there are no others here.
 
     Args:
         html: where the comparison of the compiled programs is written.
@@ -67,7 +94,7 @@ def demo(html: Path, tune: Tune | float = "auto", tiny: bool = False, console: C
         console: where to print.
 
     Returns:
-        Whether both networks name the same classes for every photograph.
+        Whether the original and the optimized network name the same classes for every photograph.
 
     Raises:
         ModuleNotFoundError: a package of the extra "demo" is not installed.
@@ -86,37 +113,74 @@ def demo(html: Path, tune: Tune | float = "auto", tiny: bool = False, console: C
         with steps("optimize: rewrite, choose forms by measuring them, verify"):
             fast = autoinfer.optimize(model.apply, tune=tune).freeze(*model.known)
             jax.block_until_ready(fast(first))
-        with steps("recognise the photographs with both"):
-            seen = [_recognise(n, original(model.variables, x), fast(x)) for n, x in zip(names, batches, strict=True)]
-        with steps("time both in pairs"):
-            timing = not_slower(
-                lambda: original(model.variables, first), lambda: fast(first), budget_s=_TIMING_SECONDS[tiny]
-            )
-        with steps("compare what XLA makes of both"):
+        with steps("quantize: find ranges, choose what is faster in int8 layer by layer, optimize"):
+            off = "off" if tune == "off" else "auto"
+            quantized, weights = autoinfer.quantize(model.apply, model.variables, autoinfer.Int8(), batches, tune=off)
+            small = autoinfer.optimize(quantized, tune=tune).freeze(weights)
+            jax.block_until_ready(small(first))
+        with steps("recognise the photographs with all three"):
+            seen = [
+                _recognise(n, original(model.variables, x), fast(x), small(x))
+                for n, x in zip(names, batches, strict=True)
+            ]
+        with steps("time all three in turn"):
+            calls = [lambda: original(model.variables, first), lambda: fast(first), lambda: small(first)]
+            times = interleaved(calls, budget_s=_TIMING_SECONDS[tiny], min_rounds=_FEWEST_ROUNDS)
+        with steps("compare what XLA makes of the first two"):
             fast.compare_hlo(first).to_html(html)
     console.print(fast.explain(first))
     for photograph in seen:
         console.print(photograph.sheet())
-    console.print(_outcome(f"{model.name}{list(first.shape)}", seen, timing, html))
+    console.print(_outcome(f"{model.name}{list(first.shape)}", seen, times, quantized.explain(), html))
     return all(photograph.same for photograph in seen)
 
 
-def _recognise(name: str, before: jax.Array, after: jax.Array) -> Recognised:
-    old, new = np.asarray(before[0], np.float64), np.asarray(after[0], np.float64)
-    return Recognised(name, images.top(old), images.top(new), float(np.max(np.abs(old - new))))
+def _recognise(name: str, before: jax.Array, after: jax.Array, int8: jax.Array) -> Recognised:
+    old, new, small = (np.asarray(logits[0], np.float64) for logits in (before, after, int8))
+    difference = float(np.max(np.abs(old - new)))
+    return Recognised(name, images.top(old), images.top(new), images.top(small), difference)
 
 
-def _outcome(what: str, seen: list[Recognised], timing: AgainstItself, html: Path) -> Sheet:
-    same, change = all(photograph.same for photograph in seen), timing.change
-    rows = (
-        (Cell("same five labels", "dim"), Cell("yes" if same else "NO", "good" if same else "bad")),
-        (Cell("largest difference", "dim"), Cell(numbers.error(max(p.difference for p in seen)))),
-        (Cell("original, jax.jit", "dim"), Cell(numbers.milliseconds(change.before_ms))),
-        (Cell("optimized", "dim"), Cell(numbers.milliseconds(change.after_ms))),
-        (Cell("speed (95 % bounds)", "dim"), speed_cell(speed(change))),
-        (Cell("compiled programs compared in", "dim"), Cell(str(html.resolve()))),
+def _outcome(
+    what: str,
+    seen: Sequence[Recognised],
+    times: Sequence[Sequence[float]],
+    report: QuantizationReport,
+    html: Path,
+) -> Sheet:
+    original, optimized, int8 = times
+    faster, small, beside = (
+        PairedRatio.of(*pair) for pair in ((original, optimized), (original, int8), (optimized, int8))
     )
-    return Sheet(f"{what} on {jax.devices()[0].device_kind}", (), rows)
+    same = all(photograph.same for photograph in seen)
+    words = list(dict.fromkeys(photograph.same_in_int8 for photograph in seen))
+    in_int8 = words[0] if len(words) == 1 else "; ".join(f"{p.photograph}: {p.same_in_int8}" for p in seen)
+    layers = [layer for layer in report.layers if layer.position is not None]
+    count = f"{sum(layer.is_quantized for layer in layers)} of {len(layers)} layers"
+    empty = Cell("")
+    rows = (
+        (
+            Cell("time", "dim"),
+            *(Cell(numbers.milliseconds(ms)) for ms in (faster.before_ms, faster.after_ms, small.after_ms)),
+        ),
+        (Cell("speed (95 % bounds)", "dim"), empty, speed_cell(speed(faster)), speed_cell(speed(small))),
+        (Cell("speed beside optimized", "dim"), empty, empty, speed_cell(speed(beside))),
+        (
+            Cell("same five labels", "dim"),
+            empty,
+            Cell("yes" if same else "NO", "good" if same else "bad"),
+            Cell(in_int8),
+        ),
+        (
+            Cell("parameters", "dim"),
+            *[Cell(numbers.size(report.before))] * 2,
+            Cell(f"{numbers.size(report.after)}, {count}"),
+        ),
+    )
+    difference = numbers.error(max(p.difference for p in seen))
+    note = f"largest difference of the logits {difference} (optimized); compiled programs compared in {html.resolve()}"
+    title = f"{what} on {jax.devices()[0].device_kind}"
+    return Sheet(title, ("", "original, jax.jit", "optimized, float32", "optimized, int8"), rows, (), note)
 
 
 class _Steps:

@@ -176,7 +176,8 @@ def test_demo(tmp_path, capsys):
     assert run("demo", "--tiny", "--tune", "off", "--html", str(page)) == 0
     printed = capsys.readouterr().out
     assert "same five labels" in printed
-    assert "6/6" in printed
+    assert "7/7" in printed
+    assert "optimized, int8" in printed and "11 of 11 layers" in printed
     assert page.read_text().startswith("<!DOCTYPE html>")
 
 
