@@ -29,13 +29,12 @@ from jaxinfer.quantization.scheme import Scheme
 from jaxinfer.quantization.tensor import Quantized, quantize_array
 from jaxinfer.search.cache import Store, key
 from jaxinfer.search.device import environment_key
-from jaxinfer.search.measure import PairedRatio, interleaved, time_candidates
+from jaxinfer.search.measure import compare, time_candidates
 
 _BUDGET_S = 0.5
 # Long enough that threads which fell asleep while a form on one of them was timed do not count.
 _SAMPLE_S = 3e-3
-_PAIRS_S = 0.3
-_FEWEST_PAIRS = 8
+_PAIRS_S = 1.0
 # Figures taken in another way are no timings to compare with: to be raised when what is timed around a form changes.
 _WAY = 1
 # Multiply-adds of one call, about a millisecond's.
@@ -75,8 +74,8 @@ class Timings:
     def of(self, layer: Layer, scheme: Scheme) -> Mapping[str, float]:
         """Seconds of each form of a layer; of ``"float"``, of the fastest of the floating-point forms.
 
-        Of the fastest form of the scheme, if it looks faster than floating point, what it takes at most: the 95 % bound
-        of pairs of both.
+        A form of the scheme that looks faster than that is timed in pairs beside it. Where their 95 % bound says that
+        it is, its seconds are by their ratio, else by the bound.
         """
         node = layer.reads[0].node
         kind = (
@@ -154,7 +153,9 @@ def _repeats(layer: Layer) -> int:
     if moved > _MOST_MOVED or integer.is_depthwise(read.node):
         # What stands between one run and the next would take as long as the product, or be fused into it.
         return 1
-    return max(1, min(_MOST_REPEATS, _WORK // (rows * int(np.prod(inputs[side].shape)))))
+    # Of few rows, reading the weights takes longer than multiplying.
+    work = max(rows, _FEW_ROWS) * int(np.prod(inputs[side].shape))
+    return max(1, min(_MOST_REPEATS, _WORK // work))
 
 
 def _name(candidates: Mapping[str, _Candidate], times: int, repeats: int) -> str | None:
@@ -190,10 +191,8 @@ def _timed(candidates: Mapping[str, _Candidate], times: int, repeats: int) -> di
     sure = seconds[plain]
     while unsure and seconds[best := min(unsure, key=seconds.__getitem__)] < sure:
         unsure.remove(best)
-        early, late = interleaved(
-            [calls[plain], calls[best]], budget_s=_PAIRS_S, min_rounds=_FEWEST_PAIRS, sample_s=_SAMPLE_S
-        )
-        seconds[best] = seconds[plain] * PairedRatio.of(early, late).high
+        pairs = compare(calls[plain], calls[best], budget_s=_PAIRS_S)
+        seconds[best] = seconds[plain] * (pairs.ratio if pairs.is_faster else max(1.0, pairs.high))
         sure = min(sure, seconds[best])
     return seconds
 

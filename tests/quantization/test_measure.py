@@ -10,6 +10,7 @@ import pytest
 from jaxinfer import autoinfer
 from jaxinfer.quantization import measure, quantize
 from jaxinfer.search.cache import Cache
+from jaxinfer.search.measure import PairedRatio
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def timed(monkeypatch):
         return [1e-6 * (len(fns) - i) for i in range(len(fns))]
 
     monkeypatch.setattr(measure, "time_candidates", time_candidates)
-    monkeypatch.setattr(measure, "interleaved", lambda fns, **_: [[2e-6] * 8, [1e-6] * 8])
+    monkeypatch.setattr(measure, "compare", lambda *_, **__: PairedRatio(0.5, 0.4, 0.6, 8, 2.0, 1.0))
     return calls
 
 
@@ -76,16 +77,15 @@ def _keys(cache):
     return [key for (key,) in cache._connection.execute("SELECT key FROM entries")]
 
 
-@pytest.mark.parametrize(("late", "is_quantized"), [(1.1e-6, True), (1.99e-6, False), (2.5e-6, False)])
-def test_pairs_decide(cache, timed, monkeypatch, late, is_quantized) -> None:
-    """A form that looked faster alone is taken only if beside floating point it is."""
-    monkeypatch.setattr(measure, "interleaved", lambda fns, **_: [[2e-6] * 8, [late] * 8])
+@pytest.mark.parametrize(("high", "is_quantized"), [(0.6, True), (0.99, True), (1.01, False)])
+def test_pairs_decide(cache, timed, monkeypatch, high, is_quantized) -> None:
+    """A form that looked faster alone is taken only if the bound of pairs says that it is."""
+    monkeypatch.setattr(measure, "compare", lambda *_, **__: PairedRatio(0.5, 0.4, high, 8, 2.0, 1.0))
     q, _ = autoinfer.quantize(_layers, _params(), autoinfer.Int8Dynamic(), [np.ones((4, 24), np.float32)])
     for layer in q.explain().layers:
         assert layer.is_quantized == is_quantized
         fastest = min(t for form, t in layer.seconds.items() if form != "float")
-        assert fastest == pytest.approx(layer.seconds["float"] * late / 2e-6)
-        assert late < 2e-6 or all(t > layer.seconds["float"] for form, t in layer.seconds.items() if form != "float")
+        assert fastest == pytest.approx(layer.seconds["float"] * (0.5 if is_quantized else 1.01))
 
 
 def test_products_in_turn_are_those_products() -> None:
