@@ -57,7 +57,7 @@ def quantize(
 
     Args:
         request: where to print and write; its models and batch sizes play no part.
-        networks: of `SUBJECTS`, each with its options and ``ways``; None leaves one out.
+        networks: of `SUBJECTS`, each with its options and ``ways``; None leaves a network, or a way, out.
         folds: how many, of networks that are judged fold by fold.
         weights: a folder for networks that were trained, None to keep none.
         speeds: rows of the task quantize_speed, for the drawing of accuracy against speed; they need not be there.
@@ -73,7 +73,8 @@ def quantize(
         if options is None:
             continue
         subject = SUBJECTS[name]
-        common = {"name": subject.network, "options": dict(options), "tiny": request.tiny}
+        ways = {way: how for way, how in options["ways"].items() if how is not None}
+        common = {"name": subject.network, "options": {**options, "ways": ways}, "tiny": request.tiny}
         if subject.summarize is None:
             found = _rows(request, subject.measure, common)
             sums = found

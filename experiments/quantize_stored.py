@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import export
 
 from jaxinfer import autoinfer
 from jaxinfer.experiments.digit_networks import NETWORKS, Training, train
@@ -83,7 +84,9 @@ def _stored(fun: Any, params: Any, x: np.ndarray) -> tuple[np.ndarray, int]:
     """What a program gives as it comes from its file, and the bytes of that."""
     with tempfile.TemporaryDirectory(prefix="jaxinfer-") as folder:
         path = Path(folder, "program.safetensors")
-        autoinfer.save((fun, params), path, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch_axes=0)
+        # One program, for batches of any size.
+        (count,) = export.symbolic_shape("count")
+        autoinfer.save((fun, params), path, jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype))
         return np.asarray(autoinfer.load(path)(x)), path.stat().st_size
 
 
