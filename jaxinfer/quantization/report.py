@@ -23,11 +23,12 @@ class LayerReport:
         scheme: what was asked for; None where an exception says to leave it.
         form: the form that was chosen; ``"float"`` where it was left in floating point.
         seconds: seconds of the product in each form that was timed; ``"float"`` is the fastest floating-point one,
-            ``"float between codes"`` the same if it has to read and write them.
+            ``"float between codes"`` the same if it has to read and write them. Forms that looked faster than floating
+            point were timed once more in pairs beside it.
         low, high: the range of its other operand, where calibration settled that.
         before, after: bytes.
         error: ‖W − Ŵ‖ / ‖W‖, None where nothing was rounded.
-        reason: why it was left, or "".
+        reason: why it was left; ``"between codes"`` where it is faster than ``"float between codes"`` only; or "".
     """
 
     name: str
