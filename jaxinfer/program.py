@@ -26,6 +26,8 @@ from jaxinfer.verdict import Verdict
 
 # Seconds for timing the whole program, out of the tuning budget.
 _GATE_SECONDS = 4.0
+# Forms are compared in steady use: in shorter samples each would wake or disturb the threads of those timed before it.
+_SAMPLE_SECONDS = 0.02
 # A form may need this many times the original's peak memory, besides folded weights and a little that never matters.
 _MEMORY = 1.05
 _FREE_BYTES = 1 << 20
@@ -335,9 +337,10 @@ def _needs_too_much(before: Runnable, after: Runnable) -> bool:
 def _time(program: Program, before: Runnable, right: Mapping[Form, Runnable], operands: Sequence[Any]) -> None:
     """Keeps the fastest form if it is faster than the original beyond doubt."""
     calls = [lambda run=run: run(operands) for run in right.values()]
-    times = time_candidates(calls, budget_s=_GATE_SECONDS) if len(calls) > 1 else [0.0]
+    several = len(calls) > 1
+    times = time_candidates(calls, budget_s=_GATE_SECONDS, sample_s=_SAMPLE_SECONDS) if several else [0.0]
     best = min(zip(times, right), key=lambda pair: pair[0])[1]
-    program.tried = {form.name: seconds for form, seconds in zip(right, times)} if len(calls) > 1 else {}
+    program.tried = {form.name: seconds for form, seconds in zip(right, times)} if several else {}
     program.ratio = compare(lambda: before(operands), lambda: right[best](operands), budget_s=_GATE_SECONDS)
     ratio, low, high = 1 / program.ratio.ratio, 1 / program.ratio.high, 1 / program.ratio.low
     measured = f"{ratio:.2f}× the original's speed (95 % bounds {low:.2f} to {high:.2f})"

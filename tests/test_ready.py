@@ -51,7 +51,7 @@ def use(folder, monkeypatch):
 
 def rewritten_wins(monkeypatch):
     """On a busy machine nothing is faster beyond doubt: here the plainly rewritten program always is."""
-    monkeypatch.setattr(program, "time_candidates", lambda calls, budget_s: list(range(len(calls))))
+    monkeypatch.setattr(program, "time_candidates", lambda calls, budget_s, sample_s: list(range(len(calls))))
     monkeypatch.setattr(program, "compare", lambda *_, **__: PairedRatio(0.5, 0.4, 0.6, 8, 2.0, 1.0))
 
 
@@ -118,7 +118,7 @@ PROGRAM = """
     from jaxinfer import autoinfer, program
     from jaxinfer.search.measure import PairedRatio
 
-    program.time_candidates = lambda calls, budget_s: list(range(len(calls)))
+    program.time_candidates = lambda calls, budget_s, sample_s: list(range(len(calls)))
     program.compare = lambda *_, **__: PairedRatio(0.5, 0.4, 0.6, 8, 2.0, 1.0)
     draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
     depthwise, deep, x = draw(0, 3, 3, 1, 24), draw(1, 1, 1, 24, 8), draw(2, 1, 24, 24, 24)

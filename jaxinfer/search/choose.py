@@ -32,6 +32,8 @@ _MARGIN = {"measured": 0.95, "cached": 0.95, "analytic": 0.8}
 # A form whose estimate is this many times the best one's is not worth compiling.
 _HOPELESS = 20.0
 _EPILOGUE = 8
+# A sample lasts so long that what the form timed before left behind, caches and waking threads, matters little.
+_SAMPLE_S = 1e-3
 # Weights beyond this many bytes do not stay in a processor's caches from one call to the next.
 CACHE_BYTES = 32 << 20
 # Weights too small to matter are timed warm, and no more than so many copies of others are kept.
@@ -188,7 +190,7 @@ def _times(site: _Site, policy: Policy) -> tuple[dict[str, float], Source]:
     calls = [_compiled(site.forms[n], policy.cold) for n in hopeful]
     assert policy.deadline is not None
     budget = max(0.05, min(0.6, policy.deadline - time.perf_counter()))
-    times = dict(zip(hopeful, time_candidates(calls, budget_s=budget)))
+    times = dict(zip(hopeful, time_candidates(calls, budget_s=budget, sample_s=_SAMPLE_S)))
     policy.cache.put(name, times)
     return times, "measured"
 

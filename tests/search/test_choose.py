@@ -71,7 +71,7 @@ def _timing(monkeypatch, seconds):
     """Replaces the clock's verdict by a given one and counts how often it was asked."""
     asked = []
 
-    def time_candidates(calls, budget_s):
+    def time_candidates(calls, budget_s, sample_s):
         asked.append(len(calls))
         for call in calls:
             call()
