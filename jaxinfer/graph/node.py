@@ -223,10 +223,7 @@ class Graph:
         return (
             "graph",
             tuple(_type_text(n.aval) for n in self.inputs),
-            tuple(
-                (n.primitive, n.params_key, tuple(map(use, n.inputs)), context_key(n.context))
-                for n in self.nodes
-            ),
+            tuple((n.primitive, n.params_key, tuple(map(use, n.inputs)), context_key(n.context)) for n in self.nodes),
             tuple(map(use, self.outputs)),
             tuple(map(_type_text, self.out_avals)),
         )
