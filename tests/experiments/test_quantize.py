@@ -201,7 +201,7 @@ def test_a_pruned_network_is_judged_as_it_comes_from_its_file():
     }
     (row,) = quantize_stored.one_fold("mlp", options, 0, 2, None, True)
     assert row["layers"] == {"quantized": 3, "all": 3}
-    assert row["left"]["fraction"] <= 0.2
+    assert row["left"]["fraction"] <= 0.2 * (1 + 1e-6)  # counted in float32
     assert row["file"]["after"] < row["file"]["before"]
     assert set(row["wrong"]["after"]) <= set(range(row["items"]))
 
