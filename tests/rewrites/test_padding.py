@@ -21,7 +21,7 @@ LEFT = {
     "a gap and an end": (lambda x: (jnp.sin(x[:, 1:2]), x[:, 4:6] ** 3), (1, 1, 0)),
     "rows": (lambda x: (jnp.sin(x[0]), x[1] ** 3, jnp.cos(x[3]), jnp.tan(x[2])), (1, 0, 0)),
     "overlapping": (lambda x: (jnp.sin(x[:3]), x[2:] ** 3), (0, 2, 1)),
-    "another term": (lambda x: (jnp.sin(x[:3]), x[3:] ** 3, jnp.tanh(x)), (1, 0, 1)),
+    "another term": (lambda x: (jnp.sin(x[:3]), x[3:] ** 3, jnp.exp(x)), (1, 0, 1)),
     "two axes": (lambda x: (jnp.sin(x[:3]), x[:, 3:] ** 3), (0, 2, 1)),
     "every second": (lambda x: (jnp.sin(x[::2]), x[1::2] ** 3), (0, 2, 1)),
 }
@@ -32,7 +32,7 @@ def test_adjoints_of_slices(name):
     fun, left = LEFT[name]
     graph = compare(_gradient_of(fun), (X,), RULES)
     sums = [n for n in graph.nodes if n.op in ("add", "add_any") and n.aval.shape == X.shape]
-    # The derivatives of sin, cos, tan and powers have no sums of the whole array's shape.
+    # The derivatives of sin, cos, tan, exp and powers have no sums of the whole array's shape.
     assert (graph.count("concatenate"), graph.count("pad"), len(sums)) == left
 
 
