@@ -113,7 +113,7 @@ def demo(html: Path, tune: Tune | float = "auto", tiny: bool = False, console: C
         with steps("optimize: rewrite, choose forms by measuring them, verify"):
             fast = autoinfer.optimize(model.apply, tune=tune).freeze(*model.known)
             jax.block_until_ready(fast(first))
-        with steps("quantize: find ranges, choose what is faster in int8 layer by layer, optimize"):
+        with steps("quantize: find ranges on the photographs, choose what is faster in int8 layer by layer, optimize"):
             off = "off" if tune == "off" else "auto"
             quantized, weights = autoinfer.quantize(model.apply, model.variables, autoinfer.Int8(), batches, tune=off)
             small = autoinfer.optimize(quantized, tune=tune).freeze(weights)
