@@ -24,7 +24,10 @@ from jaxinfer.search.options import compiler_options
 from jaxinfer.search.verify import Agreement, agree, guilty, nudge, split_at_decisions
 from jaxinfer.verdict import Verdict
 
-# Seconds for timing the whole program, out of the tuning budget.
+# Shares of the tuning budget after which no more sites are timed, and no further form of the whole program is compiled.
+# The rest is for timing the whole program.
+_SITES, _FORMS = 0.6, 0.7
+# Seconds for comparing its forms with each other, and as many for the best of them beside the original.
 _GATE_SECONDS = 4.0
 # Forms are compared in steady use: in shorter samples each would wake or disturb the threads of those timed before it.
 _SAMPLE_SECONDS = 0.02
@@ -184,9 +187,9 @@ def settle(
         return program
     if stored is not None and keep and (run := _load(program, verdict, stored, operands)) is not None:
         return Recalled(run, functools.partial(_complete, program, stored, settings, run))
-    deadline = time.perf_counter() + settings.seconds if measure else None
+    start = time.perf_counter()
     record = ready.Record(default_cache())
-    forms = _forms(program, settings, measure, deadline, record)
+    forms = _forms(program, settings, measure, start + _SITES * settings.seconds if measure else None, record)
     recalled = _find(forms, stored)
     after: Runnable | None = None
     if recalled is not None:
@@ -200,7 +203,8 @@ def settle(
         why = "nothing was run" if operands is None else "a program with effects never runs twice"
         program.reason = f"rewritten; {why}, so it is neither verified nor timed"
     else:
-        after = _judge(program, forms, [_copy(x) for x in operands], settings, measure, deadline, compile_form)
+        latest = start + _FORMS * settings.seconds if measure else None
+        after = _judge(program, forms, [_copy(x) for x in operands], settings, measure, latest, compile_form)
         stored = _stored(program)
         if verdict and settings.verify and measure:
             verdict.save(stored)

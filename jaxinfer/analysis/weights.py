@@ -65,6 +65,10 @@ class OnWeights(Emit):
         """Whether a product is met at its weights."""
         return as_matrix(node, side) is not None
 
+    def lookup(self, node: Node, weights: Weights, *indices: Any) -> Any:
+        """The result of an operation that takes whole rows of a parameter, which was cast at most."""
+        return bound(node, [self.other(weights), *indices])
+
     def default(self, node: Node, *inputs: Any) -> Sequence[Any]:
         found = [i for i, x in enumerate(inputs) if isinstance(x, Weights)]
         if found == [0] and node.op in _MOVES and len(inputs) == 1:
@@ -76,6 +80,9 @@ class OnWeights(Emit):
             (side,) = found
             with _jax.at_source(node.source, node.context):
                 return [self.product(node, side, inputs[side], inputs[1 - side])]
+        if found == [0] and takes_rows(node) and inputs[0].place is _same:
+            with _jax.at_source(node.source, node.context):
+                return [self.lookup(node, *inputs)]
         return super().default(node, *map(self.other, inputs))
 
     def other(self, x: Any) -> Any:
@@ -123,6 +130,20 @@ def run_on(graph: Graph, domain: OnWeights, inputs: Sequence[Any]) -> list[Any]:
     """The results of a program in such a domain, typed as the program's."""
     found = map(domain.other, interpret(graph, domain, *inputs))
     return [_jax.with_aval(x, a) if hasattr(a, "dtype") else x for x, a in zip(found, graph.out_avals)]
+
+
+def takes_rows(node: Node) -> bool:
+    """Whether it takes whole slices along the first axis of its first operand, by their numbers."""
+    if node.op not in ("gather", "dynamic_slice"):
+        return False
+    sizes = node.params["slice_sizes"]
+    if sizes[:1] != (1,) or sizes[1:] != node.inputs[0].shape[1:]:
+        return False
+    if node.op == "dynamic_slice":
+        return True
+    numbers = node.params["dimension_numbers"]
+    batched = numbers.operand_batching_dims or numbers.start_indices_batching_dims
+    return not batched and numbers.collapsed_slice_dims == numbers.start_index_map == (0,)
 
 
 def carries_of(node: Node, inputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxinfer import _jax
 from jaxinfer.graph.node import Graph
@@ -48,6 +49,31 @@ def merge(arrays: Sequence[Any], static: Static) -> Any:
     """The call that :func:`split` took apart, with other arrays."""
     rest = iter(arrays)
     return jax.tree.unflatten(static.tree, [next(rest) if x is None else x[0] for x in static.others])
+
+
+class Parameters:
+    """A tree of parameters as the arrays in it.
+
+    Attributes:
+        names: their key paths.
+        arrays: the arrays and numbers among its leaves, as they are.
+    """
+
+    def __init__(self, tree: Any):
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(tree)
+        self._leaves = [leaf for _, leaf in leaves]
+        self.names = [leaf_name(path) for path, leaf in leaves if is_data(leaf)]
+        self.arrays = [leaf for leaf in self._leaves if is_data(leaf)]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each array."""
+        return [np.shape(x) for x in self.arrays]
+
+    def with_arrays(self, values: Iterable[Any]) -> Any:
+        """The tree with other values in place of its arrays."""
+        rest = iter(values)
+        return jax.tree.unflatten(self._structure, [next(rest) if is_data(x) else x for x in self._leaves])
 
 
 class Program:

@@ -14,11 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer.analysis.weights import OnWeights, Weights, bound, run_on
 from jaxinfer.graph import Node
-from jaxinfer.graph.retrace import Program, is_data, leaf_name, split
+from jaxinfer.graph.retrace import Parameters, Program, split
 from jaxinfer.graph.retrace import Static as CallStatic
 from jaxinfer.quantization.calibrate import Inputs, Wanted, calibrate
 from jaxinfer.quantization.clipping import clipped_scale
@@ -160,12 +159,11 @@ def quantization_aware(
         >>> program, trainable = quantization_aware(loss, params, Int4(), batches)
         >>> gradients = jax.grad(program)(trainable, batch)
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    names = [leaf_name(path) for path, leaf in leaves if is_data(leaf)]
-    arrays = [jnp.asarray(leaf) for _, leaf in leaves if is_data(leaf)]
-    program = Program(fun, [tuple(np.shape(x)) for x in arrays], QuantizeError)
+    given = Parameters(params)
+    names, arrays = given.names, [jnp.asarray(x) for x in given.arrays]
+    program = Program(fun, given.shapes, QuantizeError)
     first, batches = first_batch(calibration)
-    found = layers_of(program, names, params, arrays, first)
+    found = layers_of(program, given, first)
     schemes = schemes_of(found, names, scheme)
     chosen: dict[int, tuple[Layer, Scheme]] = {}
     for layer in found.layers:

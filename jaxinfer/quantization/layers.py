@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxinfer.analysis.matrices import Matrix, as_matrix
 from jaxinfer.analysis.products import PRODUCTS
-from jaxinfer.analysis.weights import Move, OnWeights, Weights, run_on
+from jaxinfer.analysis.weights import Move, OnWeights, Weights, bound, run_on
 from jaxinfer.graph import Graph, Node
 from jaxinfer.quantization.scheme import Format, Group
 
@@ -82,6 +82,11 @@ class Layer:
     summed: tuple[int, ...]
 
     @property
+    def node(self) -> Node:
+        """The first product that reads it."""
+        return self.reads[0].node
+
+    @property
     def position(self) -> int:
         """The number of the first product that reads it."""
         return self.reads[0].position
@@ -95,12 +100,7 @@ class Layer:
 
     def axes(self, form: Format) -> tuple[tuple[int, ...], int | None]:
         """The ``axes`` and ``group_axis`` with which :func:`quantize_array` writes it in a format."""
-        if form.per == "tensor" or not form.has_scale:
-            return (), None
-        if not isinstance(form.per, Group):
-            return self.kept, None
-        *others, last = [a for a in self.summed if self.shape[a] > 1] or self.summed
-        return tuple(sorted((*self.kept, *others))), last
+        return _scale_axes(form, self.shape, self.kept, self.summed)
 
     @cached_property
     def entries(self) -> np.ndarray:
@@ -119,16 +119,55 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
+class Table:
+    """A parameter of which rows are looked up and that nothing else reads: an embedding.
+
+    Attributes:
+        name: its key path.
+        leaf: its position among the arrays of ``params``.
+        shape: its shape, rows first.
+        node: the first operation that takes rows of it.
+    """
+
+    name: str
+    leaf: int
+    shape: tuple[int, ...]
+    node: Node
+
+    @property
+    def position(self) -> None:
+        """No product reads it."""
+        return None
+
+    def axes(self, form: Format) -> tuple[tuple[int, ...], int | None]:
+        """As :meth:`Layer.axes`: each row is a channel."""
+        return _scale_axes(form, self.shape, (0,), tuple(range(1, len(self.shape))))
+
+
+def _scale_axes(
+    form: Format, shape: tuple[int, ...], kept: tuple[int, ...], summed: tuple[int, ...]
+) -> tuple[tuple[int, ...], int | None]:
+    if form.per == "tensor" or not form.has_scale:
+        return (), None
+    if not isinstance(form.per, Group):
+        return kept, None
+    *others, last = [a for a in summed if shape[a] > 1] or summed
+    return tuple(sorted((*kept, *others))), last
+
+
+@dataclass(frozen=True, eq=False)
 class Found:
     """What a program does with its parameters.
 
     Attributes:
-        layers: parameters that products alone read, in the order they do.
+        layers: parameters that products read, in the order they do; rows of them may be looked up as well.
+        tables: parameters of which rows are looked up only.
         others: by the position of the leaf, why a parameter of two axes or more is none of them.
         products: how many products there are.
     """
 
     layers: tuple[Layer, ...]
+    tables: tuple[Table, ...]
     others: Mapping[int, str]
     products: int
 
@@ -152,14 +191,16 @@ def find_layers(graph: Graph, names: Sequence[str], arrays: Sequence[Any], other
 
     jax.eval_shape(run, types, list(others))
     layers, why = [], {}
+    tables = [Table(names[i], i, types[i].shape, n) for i, n in domain.lookups.items() if i not in domain.found]
     for leaf, reads in domain.found.items():
         found = _layer(leaf, names[leaf], types[leaf], reads)
         if isinstance(found, str):
             why[leaf] = found
         else:
             layers.append(found)
-    why.update((i, "no product reads it") for i, x in enumerate(types) if is_weights(x) and i not in domain.found)
-    return Found(tuple(sorted(layers, key=lambda x: x.position)), why, len(positions))
+    read = {*domain.found, *domain.lookups}
+    why.update((i, "no product reads it") for i, x in enumerate(types) if is_weights(x) and i not in read)
+    return Found(tuple(sorted(layers, key=lambda x: x.position)), tuple(tables), why, len(positions))
 
 
 def is_weights(x: Any) -> bool:
@@ -176,12 +217,13 @@ def matrix_form(node: Node, side: int) -> Matrix | None:
 
 
 class _Finding(OnWeights):
-    """Notes which products read which parameters."""
+    """Notes which products read which parameters, and which of them are looked up."""
 
     def __init__(self, positions: Mapping[Node, int]) -> None:
         super().__init__()
         self.positions = positions
         self.found: dict[int, dict[Node | None, Read | None]] = {}
+        self.lookups: dict[int, Node] = {}
 
     def meets(self, node: Node, side: int) -> bool:
         return matrix_form(node, side) is not None
@@ -195,6 +237,10 @@ class _Finding(OnWeights):
         read = Read(node, side, self.positions[node], weights.place, weights.move)
         self.found.setdefault(weights.leaf, {})[node] = read
         return super().product(node, side, weights, x)
+
+    def lookup(self, node: Node, weights: Weights, *indices: Any) -> Any:
+        self.lookups.setdefault(weights.leaf, node)
+        return bound(node, [self.array(weights), *indices])
 
 
 def _layer(leaf: int, name: str, aval: Any, reads: Mapping[Node | None, Read | None]) -> Layer | str:

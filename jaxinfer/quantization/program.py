@@ -14,6 +14,7 @@ from jaxinfer.graph.retrace import Program
 from jaxinfer.quantization.activations import Codes, Static
 from jaxinfer.quantization.forms import Use, apply
 from jaxinfer.quantization.layers import matrix_form, product_positions
+from jaxinfer.quantization.lookups import looked_up
 from jaxinfer.quantization.report import QuantizationReport
 from jaxinfer.quantization.scheme import Scheme
 from jaxinfer.quantization.segments import on_codes, wanted_codes
@@ -96,6 +97,11 @@ class OnCodes(OnWeights):
             )
         use = Use(node, side, weights, treated.scheme, treated.static, treated.smooth, treated.correction)
         return apply(treated.form, use, x)
+
+    def lookup(self, node: Node, weights: Weights, *indices: Any) -> Any:
+        if not isinstance(weights.value, Quantized):
+            return super().lookup(node, weights, *indices)
+        return weights.move(looked_up(node, weights.value, indices))
 
     def scan(self, node: Node, *inputs: Any) -> Sequence[Any]:
         return super().scan(node, *map(_real, inputs))

@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.graph.retrace import Program, is_data, leaf_name, split
+from jaxinfer.graph.retrace import Parameters, Program, split
 from jaxinfer.quantization.activations import Static
 from jaxinfer.quantization.calibrate import CalibrationError, Inputs, arguments, calibrate
 from jaxinfer.quantization.chain import Timed, fastest
 from jaxinfer.quantization.forms import FLOAT, forms_of
-from jaxinfer.quantization.layers import Found, Layer, find_layers
+from jaxinfer.quantization.layers import Found, Layer, Table, find_layers
+from jaxinfer.quantization.lookups import LOOKUP
 from jaxinfer.quantization.measure import Timings, laid_out
 from jaxinfer.quantization.method import Method, Nearest, Written, wanted_by
 from jaxinfer.quantization.program import QuantizedProgram, QuantizeError, Treated
 from jaxinfer.quantization.report import LayerReport, QuantizationReport
 from jaxinfer.quantization.scheme import Override, Scheme, SchemeError
-from jaxinfer.quantization.tensor import Quantized
+from jaxinfer.quantization.tensor import Quantized, quantize_array
 from jaxinfer.search.cache import default_cache
 from jaxinfer.search.choose import describe
 
@@ -48,7 +49,9 @@ def quantize(
     """Writes the parameters that products read in fewer bits, and computes the products accordingly.
 
     Each product is timed in the forms that its scheme can be computed in, and in floating point, at the shapes of the
-    first batch. Errors of layers add up: measure what the whole program loses.
+    first batch. Parameters of which rows are looked up, as of an embedding, are written in fewer bits where size is
+    preferred, and only the rows that a call takes are widened. Errors of layers add up: measure what the whole program
+    loses.
 
     Args:
         fun: a function of a tree of parameters and further arguments.
@@ -75,22 +78,24 @@ def quantize(
     method = Nearest() if method is None else method
     if prefer not in ("speed", "size"):
         raise ValueError(f"prefer={prefer!r}: choose 'speed' or 'size'")
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    names = [leaf_name(path) for path, leaf in leaves if is_data(leaf)]
-    arrays = [jnp.asarray(leaf) for _, leaf in leaves if is_data(leaf)]
-    program = Program(fun, [tuple(np.shape(x)) for x in arrays], QuantizeError)
+    given = Parameters(params)
+    names, arrays = given.names, [jnp.asarray(x) for x in given.arrays]
+    program = Program(fun, given.shapes, QuantizeError)
     first, batches = first_batch(calibration)
-    found = layers_of(program, names, params, arrays, first)
+    found = layers_of(program, given, first)
     schemes = schemes_of(found, names, scheme)
     plan = _Plan(found, schemes, arrays, prefer, tune, method)
     plan.choose()
-    wanted = wanted_by(method, {leaf: (plan.layers[leaf], plan.schemes[leaf]) for leaf in plan.chosen})
+    chosen = {leaf: (layer, plan.schemes[leaf]) for leaf, layer in plan.layers.items() if leaf in plan.chosen}
+    wanted = wanted_by(method, chosen)
     inputs = calibrate(program, names, params, batches, wanted, progress=progress) if wanted else {}
     for layer in found.layers:
         if layer.leaf in plan.chosen:
             plan.write(layer, inputs)
-    values = iter([plan.values.get(i, x) for i, x in enumerate(arrays)])
-    new = jax.tree.unflatten(tree, [next(values) if is_data(leaf) else leaf for _, leaf in leaves])
+    for table in found.tables:
+        if table.leaf in plan.chosen:
+            plan.write_table(table)
+    new = given.with_arrays(plan.values.get(i, x) for i, x in enumerate(arrays))
     return QuantizedProgram(program, names, plan.treated, plan.report(names)), new
 
 
@@ -104,14 +109,15 @@ def first_batch(calibration: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     raise CalibrationError("no calibration data: give one batch at least")
 
 
-def layers_of(program: Program, names: Sequence[str], params: Any, arrays: Sequence[Any], batch: Any) -> Found:
-    given, static = split((params, arguments(batch), {}))
+def layers_of(program: Program, params: Parameters, batch: Any) -> Found:
+    """What the program does with its parameters in a call with a batch."""
+    given, static = split((params.with_arrays(params.arrays), arguments(batch), {}))
     try:
         graph, _ = program.trace(given, static, keep_custom=True)
     except (TypeError, ValueError) as error:
         raise CalibrationError(f"batch 0 of the calibration data does not fit the program: {error}") from error
-    others = [jax.ShapeDtypeStruct(n.aval.shape, n.aval.dtype) for n in graph.inputs[len(arrays) :]]
-    return find_layers(graph, names, arrays, others)
+    types = [jax.ShapeDtypeStruct(n.aval.shape, n.aval.dtype) for n in graph.inputs]
+    return find_layers(graph, params.names, types[: len(params.arrays)], types[len(params.arrays) :])
 
 
 def schemes_of(found: Found, names: Sequence[str], scheme: Scheme) -> dict[int, Scheme | None]:
@@ -128,7 +134,9 @@ def schemes_of(found: Found, names: Sequence[str], scheme: Scheme) -> dict[int, 
         used += [
             o for o in scheme.overrides if any(o.fits(layer.name, r.position, found.products) for r in layer.reads)
         ]
-    for leaf in found.others:
+    for table in found.tables:
+        schemes[table.leaf], _ = scheme.at(table.name, None, found.products)
+    for leaf in [*found.others, *(x.leaf for x in found.tables)]:
         used += [o for o in scheme.overrides if o.fits(names[leaf], None, found.products)]
     idle = [o for o in scheme.overrides if not any(o is u for u in used)]
     if idle:
@@ -184,6 +192,7 @@ class _Plan:
                 continue
             seconds = timings.of(layer, scheme)
             timed.append(Timed(layer.leaf, min(forms, key=seconds.__getitem__), seconds))
+        self._choose_tables()
         if self._tune == "off":
             return
         quantized = [bool(t.seconds) for t in timed] if self._prefer == "size" else fastest(timed)
@@ -193,6 +202,23 @@ class _Plan:
                 self.chosen[now.leaf] = _Choice(now.form, now.seconds, "between codes" if between else "")
             elif now.seconds:
                 self.left[now.leaf] = _Choice(FLOAT, now.seconds, now.why_not)
+
+    def _choose_tables(self) -> None:
+        for table in self.found.tables:
+            scheme = self.schemes[table.leaf]
+            if scheme is None or scheme.weights is None:
+                self.left[table.leaf] = _Choice(FLOAT, {}, "left out by the scheme")
+            elif self._prefer == "size":
+                self.chosen[table.leaf] = _Choice(LOOKUP, {})
+            else:
+                self.left[table.leaf] = _Choice(FLOAT, {}, "only looked up: fewer bits save no time")
+
+    def write_table(self, table: Table) -> None:
+        """Writes a parameter that is only looked up: every entry goes to the nearest value."""
+        form = self.schemes[table.leaf].weights
+        quantized = quantize_array(self.arrays[table.leaf], form, *table.axes(form), packing=len(table.shape) - 1)
+        self.values[table.leaf] = quantized
+        self._written[table.leaf] = (_relative_error(self.arrays[table.leaf], Written(quantized)), None)
 
     def write(self, layer: Layer, inputs: Mapping[int, Inputs]) -> None:
         """Writes a parameter and settles what happens at its products."""
@@ -210,7 +236,7 @@ class _Plan:
 
     def report(self, names: Sequence[str]) -> QuantizationReport:
         """What became of everything."""
-        rows = [self._layer_report(layer) for layer in self.found.layers]
+        rows = [*map(self._layer_report, self.found.layers), *map(self._layer_report, self.found.tables)]
         for leaf, why in self.found.others.items():
             size = _bytes(self.arrays[leaf])
             rows.append(LayerReport(names[leaf], None, "", None, FLOAT, {}, None, None, size, size, None, why))
@@ -218,14 +244,14 @@ class _Plan:
         after = sum(_bytes(self.values.get(i, x)) for i, x in enumerate(self.arrays))
         return QuantizationReport(tuple(rows), before, after)
 
-    def _layer_report(self, layer: Layer) -> LayerReport:
+    def _layer_report(self, layer: Layer | Table) -> LayerReport:
         choice = self.chosen.get(layer.leaf) or self.left[layer.leaf]
         array = self.arrays[layer.leaf]
         error, static = self._written.get(layer.leaf, (None, None))
         return LayerReport(
             layer.name,
             layer.position,
-            describe(layer.reads[0].node),
+            describe(layer.node),
             self.schemes[layer.leaf],
             choice.form,
             dict(choice.seconds),

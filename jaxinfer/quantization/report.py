@@ -21,7 +21,8 @@ class LayerReport:
         position: the number of the first product that reads it, in the order of the program; None where none does.
         product: that product and its shapes.
         scheme: what was asked for; None where an exception says to leave it.
-        form: the form that was chosen; ``"float"`` where it was left in floating point.
+        form: the form that was chosen; ``"lookup"`` where rows of it are taken; ``"float"`` where it was left in
+            floating point.
         seconds: seconds of the product in each form that was timed; ``"float"`` is the fastest floating-point one,
             ``"float between codes"`` the same if it has to read and write them. Forms that looked faster than floating
             point were timed once more in pairs beside it.

@@ -132,6 +132,7 @@ def quantize_array(
     *,
     scale: Any = None,
     zero_point: Any = None,
+    packing: int | None = None,
 ) -> Quantized:
     """Rounds an array to the nearest values of a format. Can be traced.
 
@@ -142,6 +143,7 @@ def quantize_array(
         group_axis: the axis that groups are cut from, if there are groups.
         scale: the scales to use, shaped as :class:`Quantized` says; None takes what covers the whole range.
         zero_point: the zero points that belong to them.
+        packing: the axis along which two int4 are put in a byte; None takes that of groups, or one that is even.
 
     Raises:
         ValueError: if there are groups and no axis for them, or axes that the array has not.
@@ -159,7 +161,7 @@ def quantize_array(
     codes = codes_of(array, form, group_axis, scale, zero_point)
     packed = None
     if form.number == "int4":
-        axis = group_axis if group_axis is not None else packing_axis(array.shape)
+        axis = next(a for a in (packing, group_axis, packing_axis(array.shape)) if a is not None)
         packed, codes = (axis, array.shape[axis]), pack(codes, axis)
     return Quantized(codes, scale, zero_point, form, dtype, axes, group_axis, packed)
 

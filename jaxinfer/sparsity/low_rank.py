@@ -25,7 +25,7 @@ from jaxinfer.analysis.matrices import matrix_of
 from jaxinfer.analysis.reparametrized import Reparametrized
 from jaxinfer.analysis.weights import Read, Weights, bound, run_on
 from jaxinfer.graph import Graph, Node
-from jaxinfer.graph.retrace import Program, Static, is_data, leaf_name, split
+from jaxinfer.graph.retrace import Parameters, Program, Static, split
 from jaxinfer.search.measure import time_candidates
 from jaxinfer.sparsity.errors import ShrinkError
 from jaxinfer.sparsity.factors import (
@@ -166,17 +166,15 @@ def low_rank(
     """
     if not 0 < error < 1:
         raise ValueError(f"error={error}: it takes a share of the norm, more than 0 and less than 1")
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    names = [leaf_name(path) for path, leaf in leaves if is_data(leaf)]
-    arrays = [leaf for _, leaf in leaves if is_data(leaf)]
-    program = Program(fun, [tuple(np.shape(x)) for x in arrays], ShrinkError)
+    given = Parameters(params)
+    names, arrays = given.names, given.arrays
+    program = Program(fun, given.shapes, ShrinkError)
     gathered = _gather(program, params, arrays, calibration)
     ranked = {leaf: _Layer(names[leaf], arrays[leaf], *found) for leaf, found in sorted(gathered.items())}
     for layer in ranked.values():
         layer.settle(error, multiple_of, tune)
     found = {leaf: layer.factors for leaf, layer in ranked.items() if layer.factors is not None}
-    values = iter([found.get(i, jnp.asarray(x)) for i, x in enumerate(arrays)])
-    new = jax.tree.unflatten(tree, [next(values) if is_data(leaf) else leaf for _, leaf in leaves])
+    new = given.with_arrays(found.get(i, jnp.asarray(x)) for i, x in enumerate(arrays))
     report = LowRankReport(tuple(layer.report for layer in ranked.values()))
     return LowRank(program, names, frozenset(found), report), new
 

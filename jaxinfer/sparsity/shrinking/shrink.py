@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.graph.retrace import Program, is_data, leaf_name, merge, split
+from jaxinfer.graph.retrace import Parameters, Program, is_data, merge, split
 from jaxinfer.search.measure import time_candidates
 from jaxinfer.sparsity.coupling.channel_groups import channel_groups
 from jaxinfer.sparsity.errors import ShrinkError
@@ -108,14 +108,13 @@ class _Work:
     """A call of :func:`shrink`."""
 
     def __init__(self, fun: Callable[..., Any], params: Any, masks: Any, args: Any, kwargs: Any):
-        flat = jax.tree_util.tree_flatten_with_path(params)[0]
-        flags = [m for m, (_, leaf) in zip(mask_leaves(params, masks), flat) if is_data(leaf)]
-        names = [leaf_name(path) for path, leaf in flat if is_data(leaf)]
+        self.given = Parameters(params)
+        flags = [m for m, leaf in zip(mask_leaves(params, masks), jax.tree.leaves(params)) if is_data(leaf)]
         self.fun, self.params, self.args, self.kwargs = fun, params, args, kwargs
         self.flags = flags
         self.arrays, self.structure = split((params, args, kwargs))
-        self.program = Program(fun, [tuple(np.shape(x)) for x in self.arrays[: len(flags)]], ShrinkError)
-        self.planner = Planner(self.program, self.arrays, self.structure, names, flags)
+        self.program = Program(fun, self.given.shapes, ShrinkError)
+        self.planner = Planner(self.program, self.arrays, self.structure, self.given.names, flags)
         self.planner.check()
 
     def rounded(self, multiple_of: int) -> Plan:
@@ -179,13 +178,8 @@ class _Work:
             plan.remarks,
         )
         taken = [jnp.asarray(p.taken(v)) if p.is_plain else v for p, v in zip(plan.parameters, self.planner.values)]
-        return Shrunk(self.program, plan.parameters, self._tree(left), report), self._tree(taken)
-
-    def _tree(self, values: Sequence[Any]) -> Any:
-        """A tree like the parameters, with other values in place of their arrays."""
-        leaves, tree = jax.tree.flatten(self.params)
-        rest = iter(values)
-        return jax.tree.unflatten(tree, [next(rest) if is_data(leaf) else leaf for leaf in leaves])
+        kept = self.given.with_arrays(left)
+        return Shrunk(self.program, plan.parameters, kept, report), self.given.with_arrays(taken)
 
 
 def _array(x: Any) -> Any:
