@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -70,7 +70,8 @@ def quantized(
         fun: (parameters, *items) → results.
         params: its parameters.
         way: the ``scheme`` and the ``method`` (see :func:`made`; by default the nearest values), and ``training``
-            (fields of `Training`) where it is trained with rounding first.
+            (fields of `Training`) where it is trained with rounding first. With ``tables`` what is looked up is
+            written in fewer bits too.
         seen: batches to calibrate with.
         lesson: what it learns by, if there is training.
 
@@ -83,7 +84,8 @@ def quantized(
         if lesson is None:
             raise ValueError("there is nothing that this network could learn by")
         params, scheme, method = _trained(params, scheme, seen, lesson, Training(**way["training"]))
-    return Quantized(*autoinfer.quantize(fun, params, scheme, seen, method=method, tune="off"))
+    prefer: Literal["size", "speed"] = "size" if way.get("tables") else "speed"
+    return Quantized(*autoinfer.quantize(fun, params, scheme, seen, prefer=prefer, method=method, tune="off"))
 
 
 def _trained(params: Any, scheme: Any, seen: Sequence[Items], lesson: Lesson, training: Training) -> tuple[Any, ...]:
