@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,13 @@ import numpy as np
 
 from jaxinfer import autoinfer
 from jaxinfer.experiments.process import fresh
+from jaxinfer.experiments.quantize_ways import made
 from jaxinfer.experiments.task import Request, Row, append, environment, speed, speed_cell, verdict_cell
 from jaxinfer.models.zoo import load
 from jaxinfer.report import numbers
 from jaxinfer.report.sheet import Cell, Sheet
 from jaxinfer.search.measure import AgainstItself, PairedRatio, interleaved
 
-SCHEMES: Mapping[str, Callable[[], autoinfer.Scheme]] = {
-    "Int8": autoinfer.Int8,
-    "Int8Dynamic": autoinfer.Int8Dynamic,
-    "Int8Weights": autoinfer.Int8Weights,
-}
 # One sample of a side lasts so long: calls one after another, as in steady use.
 _SAMPLE_S = 2e-2
 _FEWEST_ROUNDS = 8
@@ -37,9 +33,10 @@ def quantize_speed(
 
     Args:
         request: where to print and write; its models and batch sizes play no part.
-        networks: each the ``name`` in the zoo, the ``scheme`` by the name of its function, the ``batch`` size and,
-            where something is asked for, ``wanted``: how many times as fast as float32.
-        products: each the ``shape`` of the matrix, the ``scheme`` and, where something is asked for, ``wanted``.
+        networks: each the ``name`` in the zoo, the ``scheme`` and, if it is another than the nearest values, the
+            ``method`` (see `made`), the ``batch`` size and, where something is asked for, ``wanted``: how many times as
+            fast as float32.
+        products: each the ``shape`` of the matrix, and ``scheme``, ``method`` and ``wanted`` as above.
         seconds: to spend on timing each.
 
     Raises:
@@ -55,29 +52,22 @@ def quantize_speed(
     return rows
 
 
-def network(
-    name: str, scheme: str, batch: int, tiny: bool, optimize: Mapping[str, Any], seconds: float, wanted: float = 1.0
-) -> Row:
+def network(name: str, batch: int, tiny: bool, **options: Any) -> Row:
     """One network at one batch size, here and now; calibrated on the inputs that it is timed with."""
     model = load(name, tiny=tiny)
     inputs = model.make_inputs(batch)
     what = {"model": name, "batch": batch, "tiny": tiny, "pretrained": model.pretrained}
-    return {
-        **what,
-        **_measured(model.apply, model.variables, inputs, scheme, optimize, seconds, wanted),
-    }
+    return {**what, **_measured(model.apply, model.variables, inputs, **options)}
 
 
-def product(
-    shape: Sequence[int], scheme: str, tiny: bool, optimize: Mapping[str, Any], seconds: float, wanted: float = 1.0
-) -> Row:
+def product(shape: Sequence[int], tiny: bool, **options: Any) -> Row:
     """One row times a matrix; where ``tiny``, one of a sixty-fourth of the size along each axis."""
     k, n = (max(1, s // 64) if tiny else s for s in shape)
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(k, n)) / np.sqrt(k), jnp.float32)
     x = jnp.asarray(rng.normal(size=(1, k)), jnp.float32)
     what = {"model": f"1×{k} · {k}×{n}", "batch": 1, "tiny": tiny, "pretrained": False}
-    return {**what, **_measured(_product, {"w": w}, (x,), scheme, optimize, seconds, wanted)}
+    return {**what, **_measured(_product, {"w": w}, (x,), **options)}
 
 
 def _product(params: Mapping[str, Any], x: Any) -> Any:
@@ -88,13 +78,15 @@ def _measured(
     fun: Callable[..., Any],
     params: Any,
     inputs: Sequence[Any],
-    scheme: str,
+    scheme: Mapping[str, Any],
     optimize: Mapping[str, Any],
     seconds: float,
-    wanted: float,
+    method: Mapping[str, Any] | None = None,
+    wanted: float = 1.0,
 ) -> Row:
-    tune = "off" if optimize.get("tune") == "off" else "auto"
-    small, small_params = autoinfer.quantize(fun, params, SCHEMES[scheme](), [tuple(inputs)], tune=tune)
+    tune: Literal["auto", "off"] = "off" if optimize.get("tune") == "off" else "auto"
+    how = made(method) if method else None
+    small, small_params = autoinfer.quantize(fun, params, made(scheme), [tuple(inputs)], method=how, tune=tune)
     plain = jax.jit(fun)
     before = autoinfer.optimize(fun, **optimize).freeze(params)
     after = autoinfer.optimize(small, **optimize).freeze(small_params)
@@ -106,7 +98,8 @@ def _measured(
     report = small.explain()
     return {
         "task": "quantize_speed",
-        "scheme": scheme,
+        "scheme": _names(scheme),
+        "method": _names(method) if method else "nearest",
         **environment(),
         "optimize": dict(optimize),
         "wanted": wanted,
@@ -125,6 +118,14 @@ def _measured(
     }
 
 
+def _names(options: Any) -> str:
+    """The names in a description of an object, from the outermost in."""
+    if not isinstance(options, Mapping):
+        return ""
+    inner = [_names(value) for value in options.values()]
+    return ", ".join(filter(None, [options.get("name", ""), *inner]))
+
+
 def _counts(names: Any) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in names:
@@ -138,6 +139,7 @@ def table(rows: Sequence[Row]) -> Sheet:
         "program",
         "batch",
         "scheme",
+        "method",
         "float32, jax.jit",
         "float32, optimized",
         "int8, optimized",
@@ -148,7 +150,7 @@ def table(rows: Sequence[Row]) -> Sheet:
         "quantized",
     )
     note = f"wanted: times as fast as float32 optimized; {numbers.UNKNOWN}: not slower beyond its spread against itself"
-    return Sheet("Speed of int8 programs", columns, tuple(map(_cells, rows)), (1, 3, 4, 5, 6, 7, 9, 10), note)
+    return Sheet("Speed of int8 programs", columns, tuple(map(_cells, rows)), (1, 4, 5, 6, 7, 8, 10, 11), note)
 
 
 def _cells(row: Row) -> tuple[Cell, ...]:
@@ -157,6 +159,7 @@ def _cells(row: Row) -> tuple[Cell, ...]:
         Cell(row["model"] + (" (tiny)" if row["tiny"] else "")),
         Cell(str(row["batch"])),
         Cell(row["scheme"]),
+        Cell(row["method"]),
         Cell(numbers.milliseconds(row["original_ms"])),
         Cell(numbers.milliseconds(row["before_ms"])),
         Cell(numbers.milliseconds(row["after_ms"])),

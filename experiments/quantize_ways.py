@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -64,14 +64,14 @@ class Quantized(NamedTuple):
 def quantized(
     fun: Callable[..., Any], params: Any, way: Mapping[str, Any], seen: Sequence[Items], lesson: Lesson | None = None
 ) -> Quantized:
-    """A program in fewer bits. Nothing is timed: every layer that the scheme applies to is quantized.
+    """A program in fewer bits. Unless asked for, nothing is timed: every layer that the scheme applies to is quantized.
 
     Args:
         fun: (parameters, *items) → results.
         params: its parameters.
         way: the ``scheme`` and the ``method`` (see :func:`made`; by default the nearest values), and ``training``
-            (fields of `Training`) where it is trained with rounding first. With ``tables`` what is looked up is
-            written in fewer bits too.
+            (fields of `Training`) where it is trained with rounding first; ``options`` are further arguments of
+            `autoinfer.quantize`.
         seen: batches to calibrate with.
         lesson: what it learns by, if there is training.
 
@@ -84,8 +84,8 @@ def quantized(
         if lesson is None:
             raise ValueError("there is nothing that this network could learn by")
         params, scheme, method = _trained(params, scheme, seen, lesson, Training(**way["training"]))
-    prefer: Literal["size", "speed"] = "size" if way.get("tables") else "speed"
-    return Quantized(*autoinfer.quantize(fun, params, scheme, seen, prefer=prefer, method=method, tune="off"))
+    options = {"tune": "off", **way.get("options", {})}
+    return Quantized(*autoinfer.quantize(fun, params, scheme, seen, method=method, **options))
 
 
 def _trained(params: Any, scheme: Any, seen: Sequence[Items], lesson: Lesson, training: Training) -> tuple[Any, ...]:

@@ -15,11 +15,13 @@ def test_rows_of_networks_and_products(tmp_path):
     request = task.Request(
         {}, output=tmp_path / "rows.jsonl", optimize={"tune": "off"}, tiny=True, console=Console(quiet=True)
     )
-    networks = [{"name": "cnn", "scheme": "Int8", "batch": 2}]
-    products = [{"shape": [2048, 1024], "scheme": "Int8Weights", "wanted": 1e9}]
+    corrected = {"name": "BiasCorrected", "method": {"name": "GPTQ", "clip": False}}
+    networks = [{"name": "cnn", "scheme": {"name": "Int8"}, "method": corrected, "batch": 2}]
+    products = [{"shape": [2048, 1024], "scheme": {"name": "Int8Weights"}, "wanted": 1e9}]
     network, product = quantize_speed.quantize_speed(request, networks, products, seconds=0.1)
     assert [json.loads(line) for line in request.output.read_text().splitlines()] == [network, product]
     assert (network["model"], network["batch"], product["model"]) == ("cnn", 2, "1×32 · 32×16")
+    assert (network["scheme"], network["method"]) == ("Int8", "BiasCorrected, GPTQ") and product["method"] == "nearest"
     # In int8 a quarter of the bytes, and a scale of four for each of 16 columns.
     assert product["bytes"] == {"before": 4 * 32 * 16, "after": 32 * 16 + 4 * 16}
     assert not product["holds"] and network["holds"] == network["not_slower"]
