@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -149,8 +148,9 @@ def _rebound(m: Match, **operands: Any) -> Any:
 
 # -- moving past elementwise operations -------------------------------------------------------------------------------
 
-# For each operand, the value that takes its place before the move, and what is done to it first.
-Plan = list[tuple[Value, Callable[[Any], Any]]]
+# For each operand, the value that takes its place before the move and, where that is spread first, its layout and where
+# its axes go.
+Plan = list[tuple[Value, tuple[Layout, list[int]] | None]]
 
 
 def _plan(m: Match, node: Node, move: str) -> tuple[Node, Plan] | None:
@@ -162,15 +162,14 @@ def _plan(m: Match, node: Node, move: str) -> tuple[Node, Plan] | None:
     if not moved or not all(_moved_alike(n, moved[0]) for n in moved):
         return None
     first, plan = moved[0], []
-    rank = len(first.inputs[0].shape)
     for value in node.inputs:
         found = layout(value)
         if value.node in moved:
-            plan.append((value.node.inputs[0], lambda x: x))
+            plan.append((value.node.inputs[0], None))
         elif value.shape == ():
-            plan.append((value, lambda x: x))
+            plan.append((value, None))
         elif (places := _places(found, first)) is not None and _is_cheap(m, found, node):
-            plan.append((found.source, partial(found.spread, places=places, rank=rank)))
+            plan.append((found.source, (found, places)))
         else:
             return None
     return first, plan
@@ -217,6 +216,7 @@ def _find_moved(move: str) -> Find:
             return None
         m.nodes["move"] = planned[0]
         m.values.update({f"x{i}": value for i, (value, _) in enumerate(planned[1])})
+        m.alike = tuple(None if spread is None else (spread[0].axes, *spread[1]) for _, spread in planned[1])
         return m
 
     return Find(tuple(sorted(ELEMENTWISE)), find)
@@ -225,7 +225,9 @@ def _find_moved(move: str) -> Find:
 def _move_after(m: Match, **operands: Any) -> Any:
     node, move = m.roots[0].node, m.nodes["move"]
     _, plan = again(_plan(m, node, move.op))
-    result = rebind(node, *(prepare(x) for (_, prepare), x in zip(plan, operands.values())))
+    rank = len(move.inputs[0].shape)
+    spread = [x if how is None else how[0].spread(x, how[1], rank) for (_, how), x in zip(plan, operands.values())]
+    result = rebind(node, *spread)
     return rebind(move, result) if move.op == "transpose" else lax.reshape(result, node.aval.shape)
 
 

@@ -45,7 +45,10 @@ def _find_factor(graph: Graph, node: Node) -> Match | None:
     if parts is None:
         return None
     x, k = parts
-    return Match(graph, (Value(node, 0),), {"x": x} if k is None else {"x": x, "k": k.source})
+    m = Match(graph, (Value(node, 0),), {"x": x} if k is None else {"x": x, "k": k.source})
+    m.nodes["inner"] = node.inputs[0].node
+    m.alike = None if k is None else k.axes
+    return m
 
 
 def _factor(node: Node) -> tuple[Value, Layout | None] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -215,5 +215,36 @@ def known_number(graph: Graph, value: Value) -> np.ndarray | None:
         for node in graph.nodes if needed else ():
             if node in needed:
                 operands = [v.node.value if v.node.is_const else results[v.node] for v in node.inputs]
-                results[node] = rebind(node, *operands)
+                results[node] = _of_integers(node, operands)
+                if results[node] is None:
+                    results[node] = rebind(node, *operands)
     return np.asarray(results[value.node] if needed else value.node.value)
+
+
+# What need not be compiled to be known.
+_OF_INTEGERS: Mapping[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "select_n": lambda which, no, yes: np.where(which, yes, no),
+}
+
+
+def _of_integers(node: Node, operands: Sequence[Any]) -> np.ndarray | None:
+    """The result of an operation on a few integers or truth values; None for other operations and numbers."""
+    arrays = [np.asarray(x) for x in operands]
+    if node.op not in _OF_INTEGERS or any(x.dtype.kind not in "iub" for x in arrays):
+        return None
+    if node.op == "select_n" and (len(arrays) != 3 or arrays[0].dtype.kind != "b"):
+        return None
+    # Arrays, unlike scalars, wrap around in silence.
+    result = _OF_INTEGERS[node.op](*(x.reshape(1) for x in arrays))
+    return np.asarray(result.reshape(()), node.aval.dtype)

@@ -300,13 +300,14 @@ def _trace_after(rule: Rule, m: Match) -> Any:
 
 def _trace_key(rule: Rule, m: Match) -> Any:
     """What the replacement may depend on, for rules whose replacement can be traced once and used again."""
-    if isinstance(rule.before, Find) or rule.reads_values:
+    if rule.reads_values or (isinstance(rule.before, Find) and m.alike is None):
         return None
     nodes = [m.roots[0].node, *m.nodes.values()]
     return (
         rule,
         tuple((n.op, n.params_key, tuple(map(str, n.avals))) for n in nodes),
         tuple(m.nodes),
+        m.alike,
         tuple((name, str(v.aval), getattr(v.aval, "weak_type", None)) for name, v in m.values.items()),
         _same_values(m),
         context_key(m.roots[0].node.context),

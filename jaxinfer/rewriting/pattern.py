@@ -28,12 +28,16 @@ class Match:
         roots: the values that the replacement takes the place of.
         values: what each variable of the pattern stands for, in the order of first mention.
         nodes: the nodes of the named operations of the pattern.
+        alike: of a match that no pattern made: what its replacement depends on besides the types of the values and the
+            parameters and types of the roots and of the named operations. Of matches that are the same in all of this
+            one is traced. None traces each.
     """
 
     graph: Graph
     roots: tuple[Value, ...]
     values: dict[str, Value] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
+    alike: Any = None
 
     def __getitem__(self, name: str) -> Value:
         return self.values[name]
