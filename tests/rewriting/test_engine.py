@@ -292,6 +292,31 @@ def test_replacements_that_read_values_are_traced_for_each_value():
     assert (first[0], second[0]) == (4, 8)
 
 
+def test_alike_found_matches_are_traced_once():
+    traced = []
+
+    def find(graph, node):
+        m = Match(graph, (Value(node, 0),), {"x": node.inputs[0]})
+        m.alike = node.params["axis"]
+        return m
+
+    def after(m, x):
+        traced.append(m.alike)
+        return lax.rev(lax.cumsum(lax.rev(x, (m.alike,)), m.alike), (m.alike,))
+
+    backwards = rule("backwards", Find(("cummax",), find), after, tier="lossy")
+    x = jnp.arange(9.0).reshape(3, 3)
+
+    def program(x):
+        return [lax.cummax(x + i, axis) for i in range(4) for axis in (0, 1)]
+
+    graph, rewriter = rewritten(graph_of(program, x), backwards)
+    assert rewriter.log.fired == {"backwards": 8} and sorted(traced) == [0, 1]
+    for i, (down, right) in enumerate(zip(*[iter(run(graph, {}, x))] * 2)):
+        np.testing.assert_array_equal(down, np.cumsum((x + i)[::-1], 0)[::-1])
+        np.testing.assert_array_equal(right, np.cumsum((x + i)[:, ::-1], 1)[:, ::-1])
+
+
 # -- cost -------------------------------------------------------------------------------------------------------------
 
 
