@@ -62,7 +62,8 @@ def quantize(
             from them.
         prefer: ``"speed"``: a parameter stays in floating point where no form of its scheme is faster. ``"size"``:
             every parameter that the scheme applies to is written in fewer bits, and the fastest form for it is used.
-        method: how parameters are written; by default every entry goes to the nearest value.
+        method: how parameters that products read are written; by default every entry goes to the nearest value, as
+            those of what is only looked up always do.
         tune: ``"auto"`` times what the cache does not have; ``"off"`` times nothing and uses the scheme everywhere,
             the same on every machine.
         progress: whether to show a progress bar over batches.
