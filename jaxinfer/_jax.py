@@ -327,6 +327,19 @@ def jit_disabled() -> bool:
     return bool(_config.disable_jit.value)
 
 
+def runs_at_once() -> bool:
+    """Whether a call made right now is simply run: no trace, and no op-by-op execution.
+
+    In one frame, since it is asked at each call: where large programs have emptied the processor's caches, every
+    further one takes a microsecond.
+    """
+    context = _core.trace_ctx
+    return context.trace is _TOP_TRACE and context.axis_env is _TOP_AXES and not _config.disable_jit.value
+
+
+_TOP_TRACE, _TOP_AXES = _core.eval_trace, _core.top_axis_env
+
+
 def settings_key() -> tuple[Any, ...]:
     """The configuration that changes what a trace or a compilation gives."""
     return (
@@ -411,11 +424,17 @@ def without_source_files() -> Iterator[None]:
 # -- compiled programs ------------------------------------------------------------------------------------------------
 
 
-def serialize(compiled: jax.stages.Compiled) -> tuple[bytes, list[int]] | None:
+# The code of a compiled program, and the positions of the arguments that it takes.
+Code = tuple[bytes, list[int]]
+
+
+def serialize(compiled: jax.stages.Compiled) -> Code | None:
     """The code of a compiled program for another process, and the positions of the arguments that it takes.
 
     None for a program that is more than its code: one with callbacks, effects, Refs or several devices, or one that
-    calls a library (LAPACK's kernels, for one, are made ready when a program is lowered, which loading leaves out).
+    calls a library (LAPACK's kernels, for one, are made ready when a program is lowered, which loading leaves out). To
+    be called before the program has run for the first time: XLA then puts functions of its own in the place of what
+    a sort compares by, and cannot write those down.
     """
     unloaded: Any = getattr(compiled._executable, "_unloaded_executable", None)
     if unloaded is None or len(unloaded.device_list) != 1 or compiled._params.const_args:
@@ -427,7 +446,7 @@ def serialize(compiled: jax.stages.Compiled) -> tuple[bytes, list[int]] | None:
         return None
     try:
         code = unloaded.backend.serialize_executable(unloaded.xla_executable)
-    except jax.errors.JaxRuntimeError:  # XLA cannot write some operations down: a sort's own comparison, for one
+    except jax.errors.JaxRuntimeError:  # XLA cannot write some operations down
         return None
     return code, sorted(unloaded.kept_var_idx)
 

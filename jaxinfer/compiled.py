@@ -31,6 +31,7 @@ class CompiledForm:
         args, kwargs = self._call(leaves, self.weights)
         self.compiled: jax.stages.Compiled = self._run.lower(*args, **kwargs).compile()  # type: ignore[attr-defined]
         self.compile_seconds = time.perf_counter() - start
+        self.code = _jax.serialize(self.compiled)
         memory = self.compiled.memory_analysis()
         self.temporary_bytes: int | None = None if memory is None else memory.temp_size_in_bytes
         self.peak_bytes: int | None = None if memory is None else _peak(memory)

@@ -15,10 +15,11 @@ from jaxinfer.call import optimized_call
 from jaxinfer.compiled import CompiledForm, LoadedRun, OtherSignature, compiled_flat
 from jaxinfer.graph import Graph
 from jaxinfer.pipeline import Settings
-from jaxinfer.program import Form, Program, Recalled, settle
+from jaxinfer.program import Form, Program
 from jaxinfer.report.explain import Explanation
 from jaxinfer.report.hlo import HloComparison
-from jaxinfer.settled import SettledCall
+from jaxinfer.settle import Recalled, settle
+from jaxinfer.settled_call import SettledCall
 from jaxinfer.summary import explain
 
 
@@ -48,7 +49,7 @@ class Optimized:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hot = self._hot
-        if hot is not None and not _jax.under_trace() and not _jax.jit_disabled():
+        if hot is not None and _jax.runs_at_once():
             try:
                 return hot(*args, **kwargs)
             except OtherSignature:

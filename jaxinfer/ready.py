@@ -32,7 +32,7 @@ _ROOMS = ("", "graph", "analysis", "rewriting", "search")
 @dataclass
 class _Fold:
     operands: list[Any]
-    compiled: jax.stages.Compiled
+    code: _jax.Code | None
     results: list[Any]
 
 
@@ -64,8 +64,9 @@ class Record:
         """Computes folded values."""
         operands = [w.value for w in known.weights]
         compiled = compile_known(known)
+        code = _jax.serialize(compiled)
         results = list(compiled(operands))
-        self.folds.append(_Fold(operands, compiled, results))
+        self.folds.append(_Fold(operands, code, results))
         return results
 
 
@@ -123,7 +124,7 @@ def save(
     original: Graph,
     operands: Sequence[Any],
     weights: Sequence[Any],
-    run: jax.stages.Compiled,
+    run: _jax.Code | None,
     record: Record,
 ) -> None:
     """Keeps a settled program for later processes, where it can be kept.
@@ -134,7 +135,7 @@ def save(
         original: the graph of the program as written.
         operands: the arguments of the first call.
         weights: the arrays of the form, in order.
-        run: the form compiled, taking the weights first.
+        run: the form compiled, taking the weights first; None if that cannot be kept.
         record: what was looked up and folded on the way to it.
     """
     places = {id(w.value): (_ORIGINAL, i) for i, w in enumerate(original.weights)}
@@ -149,7 +150,7 @@ def save(
             arrays.extend(record.folds[number].operands)
     if any(id(x) not in places for x in arrays) or placement([*arrays, *operands]) is None:
         return
-    codes = [_jax.serialize(program) for program in (*(record.folds[i].compiled for i in needed), run)]
+    codes = [*(record.folds[i].code for i in needed), run]
     if None in codes:
         return
     folds = [

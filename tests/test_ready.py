@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import _jax, autoinfer, program, ready
+from jaxinfer import _jax, autoinfer, judge, ready, settle
 from jaxinfer.search import device, program_files
 from jaxinfer.search.cache import default_cache
 from jaxinfer.search.measure import PairedRatio
@@ -51,8 +51,8 @@ def use(folder, monkeypatch):
 
 def rewritten_wins(monkeypatch):
     """On a busy machine nothing is faster beyond doubt: here the plainly rewritten program always is."""
-    monkeypatch.setattr(program, "time_candidates", lambda calls, budget_s, sample_s: list(range(len(calls))))
-    monkeypatch.setattr(program, "compare", lambda *_, **__: PairedRatio(0.5, 0.4, 0.6, 8, 2.0, 1.0))
+    monkeypatch.setattr(judge, "time_candidates", lambda calls, budget_s, sample_s: list(range(len(calls))))
+    monkeypatch.setattr(judge, "compare", lambda *_, **__: PairedRatio(0.5, 0.4, 0.6, 8, 2.0, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +115,11 @@ PROGRAM = """
     import sys
     import numpy as np
     import jax, jax.numpy as jnp
-    from jaxinfer import autoinfer, program
+    from jaxinfer import autoinfer, judge
     from jaxinfer.search.measure import PairedRatio
 
-    program.time_candidates = lambda calls, budget_s, sample_s: list(range(len(calls)))
-    program.compare = lambda *_, **__: PairedRatio(0.5, 0.4, 0.6, 8, 2.0, 1.0)
+    judge.time_candidates = lambda calls, budget_s, sample_s: list(range(len(calls)))
+    judge.compare = lambda *_, **__: PairedRatio(0.5, 0.4, 0.6, 8, 2.0, 1.0)
     draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
     depthwise, deep, x = draw(0, 3, 3, 1, 24), draw(1, 1, 1, 24, 8), draw(2, 1, 24, 24, 24)
     kernel, recurrent = draw(3, 24, 96) / 8, draw(4, 96, 96) / 16
@@ -307,7 +307,7 @@ def test_a_program_that_comes_out_otherwise_is_replaced(monkeypatch):
     second = frozen()
     second(X)
     with monkeypatch.context() as patch:
-        patch.setattr(program, "_find", lambda forms, stored: None)
+        patch.setattr(settle, "_find", lambda forms, stored: None)
         mine = second.program(X)
     assert mine.verified == "never" and "neither verified nor timed" in mine.reason
     assert not is_loaded(second)
@@ -403,6 +403,18 @@ def test_serialized_programs_are_code_alone():
     for fun, kept in ((jnp.sin, True), (callback, False), (printing, False), (jnp.linalg.cholesky, False)):
         compiled = jax.jit(fun).lower(jnp.eye(3)).compile()
         assert (_jax.serialize(compiled) is not None) == kept
+
+
+def test_programs_with_a_sort_are_kept(folder):
+    """XLA cannot write a sort down once it has run."""
+
+    def ordered(a, b, c, bias, x):
+        return jnp.sort(a @ b @ c @ a @ b @ x + bias)
+
+    shutil.rmtree(folder)
+    mine, second = settled(ordered, X), frozen(ordered)
+    assert_same(second(X), mine(X))
+    assert mine.program(X).optimized and is_loaded(second)
 
 
 def test_unused_arguments():

@@ -34,6 +34,8 @@ _HOPELESS = 20.0
 _EPILOGUE = 8
 # A sample lasts so long that what the form timed before left behind, caches and waking threads, matters little.
 _SAMPLE_S = 1e-3
+# Where steps of a loop are shared by threads that meet at each of them, whether those are awake decides.
+_LOOP_SAMPLE_S = 2e-2
 # Weights beyond this many bytes do not stay in a processor's caches from one call to the next.
 CACHE_BYTES = 32 << 20
 # Weights too small to matter are timed warm, and no more than so many copies of others are kept.
@@ -190,7 +192,8 @@ def _times(site: _Site, policy: Policy) -> tuple[dict[str, float], Source]:
     calls = [_compiled(site.forms[n], policy.cold) for n in hopeful]
     assert policy.deadline is not None
     budget = max(0.05, min(0.6, policy.deadline - time.perf_counter()))
-    times = dict(zip(hopeful, time_candidates(calls, budget_s=budget, sample_s=_SAMPLE_S)))
+    sample = _LOOP_SAMPLE_S if any(n.op in ("scan", "while") for n in site.nodes) else _SAMPLE_S
+    times = dict(zip(hopeful, time_candidates(calls, budget_s=budget, sample_s=sample)))
     policy.cache.put(name, times)
     return times, "measured"
 

@@ -23,7 +23,7 @@ from jaxinfer.graph import emit, trace
 from jaxinfer.graph.node import INLINE_ELEMENTS
 from jaxinfer.optimized import Optimized
 from jaxinfer.pipeline import platform_now
-from jaxinfer.settled import PlatformProgram, SettledCall
+from jaxinfer.settled_call import PlatformProgram, SettledCall
 from jaxinfer.storage.arrays import ArrayWriter
 from jaxinfer.storage.container import Section, StorageError, write
 from jaxinfer.storage.structure import describe, describe_static
