@@ -41,8 +41,9 @@ CACHE_BYTES = 32 << 20
 # Weights too small to matter are timed warm, and no more than so many copies of others are kept.
 _WARM_BYTES = 1 << 19
 _MOST_COPIES = 32
-_ELEMENTWISE = frozenset(
-    "add sub mul div max min neg abs exp tanh logistic clamp select_n erf sqrt rsqrt integer_pow".split()
+# What XLA fuses with the operation before it, though not with every form of that.
+_FUSED = frozenset(
+    "add sub mul div max min neg abs exp tanh logistic clamp select_n erf sqrt rsqrt integer_pow pad".split()
 )
 
 
@@ -251,7 +252,7 @@ def _epilogue(graph: Graph, roots: Sequence[Value]) -> list[Node]:
     value = roots[0]
     while len(tail) < _EPILOGUE:
         uses = graph.uses.get(value, ())
-        if len(uses) != 1 or uses[0][0] is None or uses[0][0].op not in _ELEMENTWISE:
+        if len(uses) != 1 or uses[0][0] is None or uses[0][0].op not in _FUSED:
             return tail
         tail.append(uses[0][0])
         value = Value(uses[0][0], 0)
