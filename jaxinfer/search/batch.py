@@ -10,7 +10,7 @@ from jaxinfer.analysis.products import PRODUCTS
 from jaxinfer.graph import Graph, Node, Value
 from jaxinfer.rewriting.mapping import Stage, crossing_values, map_stages
 
-# Below this much work for each example a loop over examples costs more than it can win.
+# Below this much work for each part a loop over parts costs more than it can win.
 _LEAST_FLOPS = 5e7
 # Memory that a program needs at once, in bytes, from which on it no longer stays in the caches of a processor.
 _LARGE = 16 << 20
@@ -34,11 +34,14 @@ def batch_variants(original: Graph, improve_one: Callable[[Graph], Graph]) -> li
         examples meet or a loop cannot pay.
     """
     found = batch_axes(original)
-    if found is None or found.size < _LEAST_EXAMPLES or not _is_worth_it(original, found.size):
+    if found is None or found.size < _LEAST_EXAMPLES:
         return []
-    stages = choose_stages(original, found.size)
-    steps = (1,) if len(stages) > 1 else (1, 2)
-    forms = {f"mapped by {step}": [Stage(0, step)] for step in steps if found.size % step == 0}
+    least = _least_step(original, found.size)
+    if least is None:
+        return []
+    stages = choose_stages(original, found.size, least=least)
+    steps = (least,) if len(stages) > 1 else (least, 2 * least)
+    forms = {f"mapped by {step}": [Stage(0, step)] for step in steps if found.size % step == 0 and step < found.size}
     if len(stages) > 1:
         name = "mapped in stages of " + ", ".join(str(stage.step) for stage in stages)
         forms = {name: stages, **forms}
@@ -46,7 +49,7 @@ def batch_variants(original: Graph, improve_one: Callable[[Graph], Graph]) -> li
     return [(name, graph) for name, graph in graphs.items() if graph is not None]
 
 
-def choose_stages(graph: Graph, examples: int, budget: int = _CACHE) -> list[Stage]:
+def choose_stages(graph: Graph, examples: int, budget: int = _CACHE, least: int = 1) -> list[Stage]:
     """Stages whose parts hold as many examples as stay in the cache.
 
     Networks for images start with few large features and end with many small ones: single images first, where a batch
@@ -56,6 +59,7 @@ def choose_stages(graph: Graph, examples: int, budget: int = _CACHE) -> list[Sta
         graph: a batch-parallel program.
         examples: number of examples.
         budget: bytes that operand and result of a product may take for one part.
+        least: the fewest examples of a part.
     """
     found = batch_axes(graph)
     assert found is not None
@@ -68,7 +72,7 @@ def choose_stages(graph: Graph, examples: int, budget: int = _CACHE) -> list[Sta
         node = graph.nodes[position]
         batched = [v for v in (*node.inputs, Value(node, 0)) if v in axes]
         largest = max([largest, *(nbytes(v.aval) for v in batched)])
-        step = max([d for d in steps if d * largest <= budget * examples], default=1)
+        step = max([least, *(d for d in steps if d * largest <= budget * examples)])
         if not stages or step < stages[0].step:
             stages.insert(0, Stage(0, step))
         # Between this product and the one before, where the fewest bytes cross, as late as possible: what follows
@@ -83,12 +87,14 @@ def _bytes_crossing(graph: Graph, axes: Mapping[Value, int], position: int) -> i
     return sum(nbytes(v.aval) for v in crossing_values(graph, axes, position))
 
 
-def _is_worth_it(graph: Graph, examples: int) -> bool:
+def _least_step(graph: Graph, examples: int) -> int | None:
+    """The fewest examples worth a step of a loop; None where none pays."""
     work = cost(graph).flops
-    if work < _LEAST_FLOPS * examples:
-        return False
     convolutions = sum(flops(node) for node in graph.walk() if node.op == "conv_general_dilated")
-    return 2 * convolutions > work or live_bytes(graph) > _LARGE
+    if 2 * convolutions <= work and live_bytes(graph) <= _LARGE:
+        return None
+    steps = (d for d in range(1, examples) if examples % d == 0 and d * work >= _LEAST_FLOPS * examples)
+    return next(steps, None)
 
 
 def live_bytes(graph: Graph) -> int:

@@ -51,10 +51,12 @@ def level(x: jax.Array) -> jax.Array:
     return conv(conv(x, 32), 32)
 
 
-# One image of 64 × 64 × 32 takes 512 KiB, of 96 × 96 × 32 more than 1 MiB, of 128 × 128 × 32 as much as two MiB.
+# Small images go several at a time. One of 64 × 64 × 32 takes 512 KiB, of 96 × 96 × 32 more than 1 MiB, of 128 × 128 × 32 as much as two MiB.
 @pytest.mark.parametrize(
     ("fun", "side", "names"),
     [
+        (widened, 32, ["mapped by 4"]),
+        (widened, 40, ["mapped by 2", "mapped by 4"]),
         (widened, 64, ["mapped in stages of 4, 8", "mapped by 1"]),
         (widened, 96, ["mapped in stages of 1, 8", "mapped by 1"]),
         (level, 128, ["mapped by 1", "mapped by 2"]),
