@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from scipy.stats import spearmanr
 
+from jaxinfer import autoinfer
 from jaxinfer.experiments.quantize_ways import Items, facts, figure, quantized
 from jaxinfer.experiments.task import Row
 from jaxinfer.models import images, minilm
 from jaxinfer.models.prose import sentences
 from jaxinfer.models.zoo import Model, load
-from jaxinfer.quantization.compare import product_errors
 
 _TOKENS = 64
 _TINY_ITEMS = 4
@@ -125,7 +125,7 @@ def products(name: str, options: Mapping[str, Any], tiny: bool) -> list[Row]:
     rows = []
     for way, how in options["ways"].items():
         found = quantized(model.apply, model.variables, how, seen)
-        layers = product_errors(*found, model.variables, unseen)
+        layers = autoinfer.product_errors(*found, model.variables, unseen)
         errors[way] = np.array([layer.error for layer in layers])
         size = np.array([layer.size for layer in layers])
         figures = [figure("error of the products, %", 100 * np.sqrt((errors[way] / size).mean()))]

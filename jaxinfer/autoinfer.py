@@ -9,6 +9,7 @@ from jaxinfer.quantization.aware import quantization_aware
 from jaxinfer.quantization.bias import BiasCorrected
 from jaxinfer.quantization.calibrate import CalibrationError
 from jaxinfer.quantization.clipping import Clipped
+from jaxinfer.quantization.compare import product_errors
 from jaxinfer.quantization.gptq import GPTQ
 from jaxinfer.quantization.loss_scaling import loss_scaling
 from jaxinfer.quantization.mixed_precision import mixed_precision
@@ -114,6 +115,7 @@ __all__ = [
     "low_rank",
     "mixed_precision",
     "optimize",
+    "product_errors",
     "prune_updates",
     "quantization_aware",
     "quantize",

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer import autoinfer
 from jaxinfer.quantization.calibrate import CalibrationError
-from jaxinfer.quantization.compare import product_errors
 from jaxinfer.quantization.quantize import quantize
 from jaxinfer.quantization.scheme import Int4, Int8, Int8Dynamic
 from jaxinfer.quantization.smoothing import SmoothQuant
@@ -31,7 +31,7 @@ def test_each_product_is_fed_with_what_the_original_one_is_fed_with() -> None:
     params, rng = _params(), np.random.default_rng(1)
     x = rng.normal(size=(10, 8)).astype(np.float32)
     program, new = quantize(_two_layers, params, Int4(None), [x], tune="off")
-    found = product_errors(program, new, params, [x[:4], x[4:]])
+    found = autoinfer.product_errors(program, new, params, [x[:4], x[4:]])
     assert [e.name for e in found] == ["a", "b"]
     inputs = {"a": x.astype(np.float64), "b": np.tanh(x.astype(np.float64) @ np.asarray(params["a"], np.float64))}
     for error in found:
@@ -50,7 +50,7 @@ def test_rounded_inputs_count(scheme, method) -> None:
         return x @ params["a"]
 
     program, new = quantize(one, params, scheme, [x], method=method, tune="off")
-    (found,) = product_errors(program, new, params, [x])
+    (found,) = autoinfer.product_errors(program, new, params, [x])
     exact = x.astype(np.float64) @ np.asarray(params["a"], np.float64)
     assert found.error == pytest.approx(np.sum((np.asarray(program(new, x), np.float64) - exact) ** 2), rel=1e-2)
     only_weights = x.astype(np.float64) @ np.asarray(new["a"].dequantize(), np.float64)
@@ -70,7 +70,7 @@ def test_steps_of_a_loop_are_added_up() -> None:
 
     program, new = quantize(loop, params, Int4(None), [x], tune="off")
     assert isinstance(new["a"], Quantized)
-    (found,) = product_errors(program, new, params, [x])
+    (found,) = autoinfer.product_errors(program, new, params, [x])
     difference = np.asarray(new["a"].dequantize(), np.float64) - np.asarray(params["a"], np.float64)
     assert found.error == pytest.approx(np.sum((x.reshape(-1, 8) @ difference) ** 2), rel=1e-3)
 
@@ -79,4 +79,4 @@ def test_without_batches_there_is_nothing_to_compare() -> None:
     params = _params()
     program, new = quantize(_two_layers, params, Int4(None), [np.ones((2, 8), np.float32)], tune="off")
     with pytest.raises(CalibrationError, match="no batch"):
-        product_errors(program, new, params, [])
+        autoinfer.product_errors(program, new, params, [])

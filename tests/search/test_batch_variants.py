@@ -51,8 +51,8 @@ def level(x: jax.Array) -> jax.Array:
     return conv(conv(x, 32), 32)
 
 
-# Small images go several at a time. One of 64 × 64 × 32 takes 512 KiB, of 96 × 96 × 32 more than 1 MiB, of 128 × 128 × 32
-# as much as two MiB.
+# Small images go several at a time. One of 64 × 64 × 32 takes 512 KiB, of 96 × 96 × 32 more than 1 MiB, of
+# 128 × 128 × 32 as much as two MiB.
 @pytest.mark.parametrize(
     ("fun", "side", "names"),
     [
