@@ -28,7 +28,7 @@ from jaxinfer.verdict import Verdict
 
 # Shares of the tuning budget after which no more sites are timed, and no further form of the whole program is compiled.
 # The rest is for timing the whole program.
-_SITES, _FORMS = 0.6, 0.7
+_SITES, _FORMS = 0.5, 0.75
 
 
 @dataclass

@@ -79,6 +79,9 @@ def _rule(form: ConvolutionForm) -> Rule:
         # The gradient of a kernel is a convolution whose window is a whole image.
         if math.prod(window) > _MOST_TAPS:
             return False
+        # A channel to itself is no product: no nearer than ten times the shifted sum, and timing it takes long.
+        if form.name == "grouped_as_batched_dot" and m["w"].shape[params["dimension_numbers"].rhs_spec[1]] == 1:
+            return False
         if form.name == "grouped_as_split" and params["feature_group_count"] > _MOST_PARTS:
             return False
         if form.name == "winograd_4" and m["w"].shape[params["dimension_numbers"].rhs_spec[1]] < _WINOGRAD_4_CHANNELS:
