@@ -1,12 +1,16 @@
 """The demo's words on int8, and the task that times int8 programs, with the smallest sizes."""
 
 import json
+from importlib import resources
 
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
+from jaxinfer import autoinfer
 from jaxinfer.experiments import quantize_speed, task
 from jaxinfer.experiments.demo import Recognised
+from jaxinfer.experiments.quantize_ways import made
 from jaxinfer.report.output import plain
 
 
@@ -46,3 +50,11 @@ def test_what_the_demo_says_of_labels_in_int8(int8, words):
     lists = [[(name, 0.2) for name in names] for names in ("abcde", "abcde", int8)]
     seen = Recognised("photograph", *lists, difference=0.0)
     assert seen.same and seen.same_in_int8 == words
+
+
+def test_every_scheme_and_method_of_the_task_is_one():
+    path = resources.files("jaxinfer.configs").joinpath("task/quantize_speed.yaml")
+    settings = OmegaConf.to_container(OmegaConf.create(path.read_text()))
+    for job in (*settings["networks"], *settings["products"]):
+        assert isinstance(made(job["scheme"]), autoinfer.Scheme)
+        assert all(callable(made(job[name]).write) for name in ("method",) if name in job)
