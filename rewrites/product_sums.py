@@ -7,7 +7,7 @@ rows of O are as long as one head, those of P as long as the sequence (Dao et al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,12 @@ def _find(graph: Graph, node: Node) -> Match | None:
         return None
     reduced = frozenset(node.params["axes"])
     for p, q in (total.inputs, total.inputs[::-1]):
-        if p.shape != q.shape or 0 in p.shape or not {str(v.dtype) for v in (p, q)} <= _DTYPES:
-            continue
         labels = tuple(range(len(p.shape)))
         product, product_labels = _base(p, labels)
-        if product.node.op != "dot_general":
+        if product.node.op != "dot_general" or p.shape != q.shape or 0 in p.shape:
+            continue
+        # Operands in fewer bits than their product are another matter, too.
+        if len(types := {str(v.dtype) for v in (p, q, *product.node.inputs)}) > 1 or not types <= _DTYPES:
             continue
         for k, k_labels, u, u_labels in _operands(product.node, product_labels):
             if (frozenset(u_labels) & frozenset(labels)) - frozenset(k_labels) != reduced:
@@ -155,14 +156,6 @@ def _turned(x: Any, labels: Labels, wanted: Labels) -> Any:
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
-def _case(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[[Any], Iterator[Any]]:
-    def cases(s: Any) -> Iterator[Any]:
-        s.only(*_DTYPES)
-        yield function, tuple(s.array(*shape) for shape in shapes)
-
-    return cases
-
-
 def _softmax_gradient(g: Any, p: Any, v: Any) -> Any:
     """[heads, rows, width], [heads, rows, keys], [heads, keys, width]."""
     return p @ v, jnp.sum((g @ v.swapaxes(1, 2)) * p, -1)
@@ -173,6 +166,12 @@ def _score_gradient(g: Any, q: Any, u: Any) -> Any:
     return u @ q.T, jnp.sum((g.T @ u) * q, 1)
 
 
+def _cases(s: Any) -> Iterator[Any]:
+    s.only(*_DTYPES)
+    yield _softmax_gradient, (s.array(2, 3, 4), s.array(2, 3, 5), s.array(2, 5, 4))
+    yield _score_gradient, (s.array(2, 6), s.array(6, 3), s.array(2, 3))
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "sum-beside-product",
@@ -181,13 +180,6 @@ RULES: tuple[Rule, ...] = (
         _sum,
         "reassociate",
         finite=True,
-        cases=lambda s: (
-            case
-            for cases in (
-                _case(_softmax_gradient, (2, 3, 4), (2, 3, 5), (2, 5, 4)),
-                _case(_score_gradient, (2, 6), (6, 3), (2, 3)),
-            )
-            for case in cases(s)
-        ),
+        cases=_cases,
     ),
 )

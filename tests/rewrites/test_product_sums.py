@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from rewritten import compare, random, rewrite
 
 from jaxinfer import autoinfer
@@ -63,6 +64,19 @@ def test_a_longer_sum_is_not_taken():
 
 def test_numbers_in_fewer_bits_stay():
     before, after = rewrite(both, tuple(jnp.asarray(x, jnp.bfloat16) for x in (G, P, V)), product_sums.RULES)
+    assert str(before) == str(after)
+
+
+def test_products_of_fewer_bits_summed_in_more_stay():
+    g, v = (jnp.asarray(x, jnp.bfloat16) for x in (G, V))
+
+    def wide(a, b, axis):
+        return lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+    def function(g, p, v):
+        return wide(p, v, 1), jnp.sum(wide(g, v, 2) * p, -1)
+
+    before, after = rewrite(function, (g, P, v), product_sums.RULES)
     assert str(before) == str(after)
 
 
