@@ -4,7 +4,7 @@ from jaxinfer.differentiation.jacobian import hessian, jacobian
 from jaxinfer.differentiation.laplacian.transform import laplacian
 from jaxinfer.differentiation.transform import grad, hvp, jvp, value_and_grad, vjp
 from jaxinfer.optimize import Frozen, Optimized, optimize
-from jaxinfer.program import VerificationWarning
+from jaxinfer.pipeline import VerificationWarning
 from jaxinfer.quantization.aware import quantization_aware
 from jaxinfer.quantization.bias import BiasCorrected
 from jaxinfer.quantization.calibrate import CalibrationError

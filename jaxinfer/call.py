@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jaxinfer import _jax
 from jaxinfer._jax import ad, batching, mlir
 from jaxinfer.graph import emit, trace
-from jaxinfer.pipeline import Settings, improve
+from jaxinfer.pipeline import Settings, improve_or_keep
 
 optimized_call_p = Primitive("optimized_call")
 optimized_call_p.multiple_results = True
@@ -81,7 +81,7 @@ def _lowered(platform: str) -> Callable[..., Any]:
     def run(*operands: Any, jaxpr: Any, settings: Settings, ready: bool, **_: Any) -> list[Any]:
         if ready or _jax.uses_refs(jaxpr):
             return _jax.jaxpr_as_fun(jaxpr)(*operands)
-        graph = improve(trace(jaxpr), settings, platform, measure=False).graph
+        graph = improve_or_keep("an optimized call", trace(jaxpr), settings, platform)[0]
         return emit(graph)([w.value for w in graph.weights], *operands)
 
     return mlir.lower_fun(run, multiple_results=True)

@@ -12,8 +12,8 @@ import jax
 from jaxinfer import _jax
 from jaxinfer.analysis.cost import nbytes
 from jaxinfer.graph import Graph, emit
-from jaxinfer.pipeline import Settings, improve, platform_now
-from jaxinfer.program import Compile, Form, Program, Runnable, VerificationWarning
+from jaxinfer.pipeline import RuleError, Settings, VerificationWarning, described, improve, platform_now
+from jaxinfer.program import Compile, Form, Program, Runnable
 from jaxinfer.search.measure import compare, time_candidates
 from jaxinfer.search.verify import Agreement, agree, guilty, nudge, split_at_decisions
 
@@ -49,20 +49,25 @@ def judge(
         return None
     before = compile_form(program, None)
     right: dict[Form, Runnable] = {}
-    heavy: list[str] = []
+    unfit: list[str] = []
     reference = moved = None
     if settings.verify:
-        reference = before(operands)
+        reference = jax.block_until_ready(before(operands))
         moved = before(nudge(operands), nudge(before.weights))
     for form in forms:
         if form is not forms[0] and deadline is not None and time.perf_counter() > deadline:
             break
-        after = compile_form(program, form)
-        if _needs_too_much(before, after):
-            heavy.append(form.name)
+        try:
+            after = compile_form(program, form)
+            if _needs_too_much(before, after):
+                unfit.append(f"more than {_MEMORY}× the original's peak memory when {form.name}")
+                continue
+            results = jax.block_until_ready(after(operands)) if reference is not None else None
+        except Exception as error:  # The original has run: what fails here is of our making
+            unfit.append(f"{described(error)} when {form.name}")
             continue
-        if reference is not None and moved is not None:
-            agreement = agree(reference, after(operands), moved, settings.numerics)
+        if reference is not None and results is not None and moved is not None:
+            agreement = agree(reference, results, moved, settings.numerics)
             if not agreement.passed:
                 agreement = _second_opinion(program, operands, settings) or agreement
             if form is forms[0] or agreement.passed:
@@ -75,7 +80,7 @@ def judge(
         right[form] = after
     if not right:
         program.form = None
-        program.reason = f"more than {_MEMORY}× the original's peak memory when {' or '.join(heavy)}"
+        program.reason = "; ".join(unfit)
     elif not measure:
         program.form = next(iter(right))
         program.reason = "rewritten and verified; not timed, as asked"
@@ -159,7 +164,10 @@ def _reject(
 
     def passes(names: Sequence[str]) -> bool:
         trial = settings.without(set(every) - set(names))
-        graph = improve(program.original, trial, platform, measure=False).graph
+        try:
+            graph = improve(program.original, trial, platform, measure=False).graph
+        except RuleError:
+            return False
         results = jax.jit(emit(graph))([w.value for w in graph.weights], *operands)
         return agree(reference, results, moved, settings.numerics).passed
 

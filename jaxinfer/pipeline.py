@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,6 +71,10 @@ def registered_rules() -> tuple[Rule, ...]:
     return load_rules()
 
 
+class VerificationWarning(UserWarning):
+    """A rewritten program failed or gave other results than the original, which is used instead."""
+
+
 @dataclass
 class Improved:
     """A rewritten program and how it came about.
@@ -116,7 +121,7 @@ def improve(
         cache: where measurements are kept; by default the user's.
 
     Raises:
-        RuleError: if a rule gives a value of the wrong type or the rules never come to an end.
+        RuleError: if a rule fails, gives a value of the wrong type or the rules never come to an end.
     """
     start = time.perf_counter()
     rewriter = Rewriter(settings.active_rules(platform))
@@ -143,6 +148,30 @@ def improve(
     done.lines = rewriter.log.lines
     done.seconds = time.perf_counter() - start
     return done
+
+
+def improve_or_keep(name: str, graph: Graph, settings: Settings, platform: str) -> tuple[Graph, bool]:
+    """Rewrites a program without measuring anything; where that fails, warns and keeps it as written.
+
+    Args:
+        name: name of the user's function, for the message.
+        graph: the program.
+        settings: how.
+        platform: platform it is compiled for.
+
+    Returns:
+        The program to compile, and whether it was rewritten.
+    """
+    try:
+        return improve(graph, settings, platform, measure=False).graph, True
+    except Exception as error:  # Whatever goes wrong here, the original is at hand
+        warnings.warn(f"{name} runs as written on {platform}: {described(error)}", VerificationWarning, stacklevel=2)
+        return graph, False
+
+
+def described(error: Exception) -> str:
+    """An error in one line for a warning; a rule's own error says all itself."""
+    return str(error) if isinstance(error, RuleError) else f"{type(error).__name__}: {error}"
 
 
 def _latest(old: list[Choice], new: list[Choice]) -> list[Choice]:
@@ -196,7 +225,10 @@ __all__ = [
     "RuleError",
     "Settings",
     "Tune",
+    "VerificationWarning",
+    "described",
     "improve",
+    "improve_or_keep",
     "registered_rules",
     "rules_digest",
 ]

@@ -15,10 +15,6 @@ from jaxinfer.search.measure import PairedRatio
 from jaxinfer.search.verify import Agreement
 
 
-class VerificationWarning(UserWarning):
-    """A rewritten program gave other results than the original, which is used instead."""
-
-
 @dataclass(frozen=True, eq=False)
 class Form:
     """A whole program that could run in the place of the original.

@@ -16,8 +16,8 @@ from jaxinfer import _jax, ready
 from jaxinfer.analysis.cost import seconds
 from jaxinfer.graph import Graph, trace
 from jaxinfer.judge import judge
-from jaxinfer.pipeline import Improved, RuleError, Settings, improve, platform_now
-from jaxinfer.program import Compile, Form, Program, Runnable, VerificationWarning
+from jaxinfer.pipeline import Improved, Settings, VerificationWarning, described, improve, platform_now
+from jaxinfer.program import Compile, Form, Program, Runnable
 from jaxinfer.search.batch import batch_variants
 from jaxinfer.search.cache import default_cache
 from jaxinfer.search.device import default_peaks
@@ -148,9 +148,9 @@ def _forms(
 
     try:
         program.improved = improved(program.original)
-    except RuleError as error:
-        warnings.warn(f"{program.name} runs as written: {error}", VerificationWarning, stacklevel=2)
-        program.reason = f"rewriting failed: {error}"
+    except Exception as error:  # Whatever goes wrong here, the original is at hand
+        warnings.warn(f"{program.name} runs as written: {described(error)}", VerificationWarning, stacklevel=2)
+        program.reason = f"rewriting failed: {described(error)}"
         return []
     graph = program.improved.graph
     changed = graph is not program.original and str(graph) != str(program.original)

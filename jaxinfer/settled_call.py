@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,8 +11,8 @@ import jax
 from jaxinfer import _jax
 from jaxinfer.arguments import Options
 from jaxinfer.graph import emit
-from jaxinfer.pipeline import RuleError, Settings, improve, platform_now
-from jaxinfer.program import Program, VerificationWarning
+from jaxinfer.pipeline import Settings, improve_or_keep, platform_now
+from jaxinfer.program import Program
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +124,6 @@ class SettledCall:
         graph = program.original
         name = "as written"
         if not _jax.uses_refs(program.jaxpr):
-            try:
-                graph, name = improve(graph, self.settings, platform, measure=False).graph, "rewritten"
-            except RuleError as error:
-                message = f"{program.name} runs as written on {platform}: {error}"
-                warnings.warn(message, VerificationWarning, stacklevel=2)
+            graph, rewritten = improve_or_keep(program.name, graph, self.settings, platform)
+            name = "rewritten" if rewritten else name
         return PlatformProgram(emit(graph), [w.value for w in graph.weights], form=name)

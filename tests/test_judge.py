@@ -51,6 +51,26 @@ def judged(monkeypatch, steady, single):
     return program.form and program.form.name
 
 
+def test_a_form_that_fails_gives_way_to_the_others(monkeypatch):
+    failing = set()
+
+    def call(self, operands, weights=None):
+        if self.form is not None and self.form.name in failing:
+            raise MemoryError("too much")
+        return [2 * x for x in operands]
+
+    monkeypatch.setattr(Run, "__call__", call)
+    jaxpr = jax.make_jaxpr(lambda x: 2 * x)(X)
+    original = trace(jaxpr, {})
+    program = Program("double", jaxpr, {}, original, Improved(original))
+    forms = [Form(f"form {i}", original) for i in range(2)]
+    for name, runs in (("form 0", "form 1"), ("form 1", None)):
+        failing.add(name)
+        judging.judge(program, forms, [X], Settings(), False, None, lambda _, form: Run(form))
+        assert (program.form and program.form.name) == runs
+    assert program.reason == "MemoryError: too much when form 0; MemoryError: too much when form 1"
+
+
 @pytest.mark.parametrize(
     "steady, single, runs",
     [

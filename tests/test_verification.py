@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import autoinfer
-from jaxinfer.pipeline import registered_rules
-from jaxinfer.program import VerificationWarning
+from jaxinfer.pipeline import VerificationWarning, registered_rules
 from jaxinfer.rewriting import Rule, op, var
 from jaxinfer.rewriting.case import ProofError
 from jaxinfer.rewriting.prove import prove
@@ -150,6 +149,22 @@ def test_a_rule_that_never_ends_falls_back_with_a_warning():
     fast = optimize(jnp.sin, [there, back])
     with pytest.warns(VerificationWarning, match="never ends: back, there"):
         assert np.array_equal(fast(X), jnp.sin(X))
+
+
+@pytest.mark.parametrize("tune", ["off", 2.0])
+@pytest.mark.parametrize("part", ["match", "replacement"])
+def test_a_rule_that_raises_an_error_falls_back_with_a_warning(tune, part):
+    def slip(*_, **__):
+        raise TypeError("a slip")
+
+    name = f"slips-in-{part}"
+    slips = Rule(name, "a → b", op("sin", var("x")), slip, "bitwise", when=slip if part == "match" else None)
+    fast = optimize(lambda x: jnp.sin(x) * 2, [slips], tune=tune)
+    with pytest.warns(VerificationWarning, match=f"'{name}' fails at sin.*test_verification.py.*TypeError: a slip"):
+        assert np.array_equal(fast(X), jnp.sin(X) * 2)
+    assert not fast.program(X).optimized and name in str(fast.explain(X))
+    with pytest.warns(VerificationWarning, match=name):
+        assert np.array_equal(jax.jit(lambda x: fast(x) + 1)(X), jax.jit(lambda x: jnp.sin(x) * 2 + 1)(X))
 
 
 # -- from another package ---------------------------------------------------------------------------------------------

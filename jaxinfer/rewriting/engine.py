@@ -153,19 +153,25 @@ class Rewriter:
         return None
 
     def _replacement(self, rule: Rule, graph: Graph, node: Node) -> Replacement | None:
-        m = rule.match(graph, node)
-        if m is None:
-            return None
-        key = _trace_key(rule, m)
-        if key is None or key not in self._traced:
-            jaxpr = _trace_after(rule, m)
-            if key is not None:
-                self._traced[key] = jaxpr
-        else:
-            jaxpr = self._traced[key]
-        if jaxpr is None:
+        try:
+            m = rule.match(graph, node)
+            jaxpr = None if m is None else self._traced_after(rule, m)
+        except RuleError:
+            raise
+        except Exception as error:
+            where = _jax.source_line(node.source)
+            raise RuleError(f"rule {rule.name!r} fails at {node!r} {where}: {type(error).__name__}: {error}") from error
+        if m is None or jaxpr is None:
             return None
         return Replacement(rule, m.roots, tuple(m.values.values()), jaxpr)
+
+    def _traced_after(self, rule: Rule, m: Match) -> Any:
+        key = _trace_key(rule, m)
+        if key is None:
+            return _trace_after(rule, m)
+        if key not in self._traced:
+            self._traced[key] = _trace_after(rule, m)
+        return self._traced[key]
 
 
 class _Pass:

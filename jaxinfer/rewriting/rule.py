@@ -28,7 +28,7 @@ Finder = Callable[[Graph, Node], Match | None]
 
 
 class RuleError(Exception):
-    """A rule is malformed, gives a value of the wrong type, or never comes to an end."""
+    """A rule is malformed, raises an error, gives a value of the wrong type, or never comes to an end."""
 
 
 @dataclass(frozen=True)
