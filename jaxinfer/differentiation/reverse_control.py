@@ -2,8 +2,8 @@
 
 A body and its pullback are traced together as one program and split: what depends on cotangents waits. Of the rest,
 what the waiting part reads is kept: values that change from step to step as rows of a new result of the loop; rows of
-xs and ys and loop constants are there anyway, what depends on constants alone is computed once, and what follows from
-kept values by a few cheap operations is computed again.
+xs and ys, a carry that was a row of ys the step before, and loop constants are there anyway, what depends on constants
+alone is computed once, and what follows from kept values by a few cheap operations is computed again.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def scan(
 
     count, fixed, length = len(node.avals), list(primals[:consts]), node.params["length"]
     options = {"length": length if isinstance(length, int) else None, "unroll": node.params["unroll"]}
-    plan, once = _plan(parts, count, consts, carries)
+    shown = _shown(parts.early.outputs, count, carries)
+    plan, once = _plan(parts, count, consts, carries, shown)
     constants = run(_residuals(parts, count, once, consts), emit.weights, *fixed)
     forward, backward = emit.body(parts.early), emit.body(parts.late)
 
@@ -105,7 +106,16 @@ def scan(
     with _jax.at_source(node.source, node.context):
         final, (ys, before, kept) = lax.scan(step, init, primals[last:], reverse=node.params["reverse"], **options)
     outs = [*final, *ys]
-    rows = {"row": pick("row", primals[last:]), "y": pick("y", ys), "carry": before, "residual": kept}
+    earlier = [
+        _step_before(ys[shown[i]], x, node.params["reverse"]) if i in shown else None for i, x in enumerate(init)
+    ]
+    rows = {
+        "row": pick("row", primals[last:]),
+        "y": pick("y", ys),
+        "y before": pick("y before", earlier),
+        "carry": before,
+        "residual": kept,
+    }
 
     def back_step(carry: Any, row: Any) -> tuple[Any, Any]:
         (totals, moving), (values, ct_rows) = carry, row
@@ -131,7 +141,27 @@ def scan(
     return outs, pull
 
 
-def _plan(parts: Split, count: int, consts: int, carries: int) -> tuple[list[tuple[str, int]], set[int]]:
+def _shown(outputs: Sequence[Value], count: int, carries: int) -> dict[int, int]:
+    """The carries whose new value is a row of ys as well, and which one.
+
+    Args:
+        outputs: what a step gives: carries, rows of ys, and what is kept.
+        count: number of carries and rows of ys.
+        carries: number of carries.
+    """
+    ys = {v: i for i, v in reversed(list(enumerate(outputs[carries:count])))}
+    return {i: ys[v] for i, v in enumerate(outputs[:carries]) if v in ys and not _jax.is_extended(v.dtype)}
+
+
+def _step_before(ys: Any, first: Any, reverse: bool) -> Any:
+    """What a carry was before each step, where ys is what it was after it."""
+    parts, start = ([ys, first[None]], 1) if reverse else ([first[None], ys], 0)
+    return lax.slice_in_dim(lax.concatenate(parts, 0), start, start + ys.shape[0])
+
+
+def _plan(
+    parts: Split, count: int, consts: int, carries: int, shown: Collection[int]
+) -> tuple[list[tuple[str, int]], set[int]]:
     """Where each operand that the late stage keeps comes from.
 
     Args:
@@ -139,11 +169,13 @@ def _plan(parts: Split, count: int, consts: int, carries: int) -> tuple[list[tup
         count: number of the body's results.
         consts: number of loop constants.
         carries: number of carries.
+        shown: the carries that are rows of ys in the next step.
 
     Returns:
-        A kind and a position for each: a loop constant (fixed), a row of xs (row) or of ys (y), which are there anyway,
-        the carry before the step (carry), something else of the step (residual), or what is the same in all steps
-        (once); and the positions of the last among the residuals.
+        A kind and a position for each: a loop constant (fixed), a row of xs (row) or of ys (y), a carry before the step
+        that was a row of ys (y before), which are there anyway, another carry before the step (carry), something else
+        of the step (residual), or what is the same in all steps (once); and the positions of the last among the
+        residuals.
     """
     once = _computed_once(parts, count, consts)
     ys = {v: i for i, v in reversed(list(enumerate(parts.early.outputs[carries:count])))}
@@ -154,8 +186,10 @@ def _plan(parts: Split, count: int, consts: int, carries: int) -> tuple[list[tup
             plan.append(("fixed", i))
         elif i >= consts + carries:
             plan.append(("row", i - consts - carries))
+        elif value in ys:
+            plan.append(("y", ys[value]))
         else:
-            plan.append(("y", ys[value]) if value in ys else ("carry", i - consts))
+            plan.append(("y before" if i - consts in shown else "carry", i - consts))
     for i, value in enumerate(parts.early.outputs[count:]):
         plan.append(("once", i) if i in once else ("y", ys[value]) if value in ys else ("residual", i))
     return plan, once

@@ -255,6 +255,23 @@ def test_loop_constants_and_rows_are_not_stored_again():
     assert sorted(backward[0]) == [(3,), (3, 3)]
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_carry_that_is_a_row_of_ys_after_its_step_is_not_stored_before_it(reverse):
+    def program(w, x, xs):
+        def step(c, r):
+            new = jnp.tanh(w @ c) * r
+            return new, new
+
+        return lax.scan(step, x, xs, reverse=reverse)
+
+    forward, backward = loops_of(program, W, X, XS)
+    assert forward[2] == [(4, 3)] * 2  # ys, tanh
+    assert sorted(backward[1]) == [(4, 3)] * 4
+    check(program, W, X, XS, order=2)
+    check(lambda w, x: program(w, x, XS[:0]), W, X, order=1)
+    check(lambda w, x: program(w, x, XS[:1]), W, X, order=1)
+
+
 def test_what_depends_on_loop_constants_alone_is_kept_once():
     program = lambda w, x: (lax.scan(lambda c, _: (jnp.sin(jnp.exp(w) @ c), None), x, None, length=4)[0],)  # noqa: E731
     forward, backward = loops_of(program, W, X)
