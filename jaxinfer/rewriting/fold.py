@@ -1,8 +1,9 @@
 """Partial evaluation: what depends on known values only is computed once, ahead of time.
 
 Literals alone are left to XLA (folding a broadcast scalar would trade a free operation for memory traffic); what is
-folded descends from an array. A known value much larger than the weights it comes from, such as a bias broadcast over
-an image, stays an operation on its folded operands.
+folded descends from an array, or is a table that takes costly functions of an iota, such as the sines of an encoding of
+positions: XLA computes these anew in everything that reads them. A known value much larger than the weights it comes
+from, such as a bias broadcast over an image, stays an operation on its folded operands.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from jaxinfer.graph import Graph, GraphBuilder, Node, Value, emit
 # Winograd's F(4, 3) grow fourfold in two dimensions and eightfold in three.
 _GROWTH = 8
 _FREE_BYTES = 4096
+# Functions that take longer to compute than a table of their values takes to read, up to a size that nobody misses.
+_COSTLY = frozenset(
+    "acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1 igamma "
+    "igammac lgamma log log1p logistic pow random_bits rsqrt sin sinh sqrt tan tanh threefry2x32".split()
+)
+_TABLE_BYTES = 1 << 20
 
 Evaluate = Callable[[Graph], Sequence[Any]]
 
@@ -52,7 +59,8 @@ def compile_known(known: Graph) -> jax.stages.Compiled:
 
     It runs once, so little time goes into compiling it well.
     """
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    # At level 0, tanh and rsqrt would come out otherwise than in the program.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(emit(known), compiler_options=options).lower([w.value for w in known.weights]).compile()
 
 
@@ -73,6 +81,8 @@ def _frontier(graph: Graph) -> Iterable[Value]:
     sources: dict[Node, frozenset[Node]] = {}
     # Known in every dimension but a symbolic one: not to be computed before that is known too.
     open_: set[Node] = set()
+    # What differs from element to element without an array behind it.
+    uneven: set[Node] = set()
 
     def weights_below(node: Node) -> frozenset[Node]:
         if node.is_const:
@@ -97,6 +107,10 @@ def _frontier(graph: Graph) -> Iterable[Value]:
             sources[node] = frozenset().union(*(weights_below(v.node) for v in node.inputs))
             if any(map(_is_symbolic, node.avals)) or any(v.node in open_ for v in node.inputs):
                 open_.add(node)
+            if node.op == "iota" or any(v.node in uneven for v in node.inputs):
+                uneven.add(node)
+                if node.op in _COSTLY and sum(map(nbytes, node.avals)) <= _TABLE_BYTES:
+                    sources[node] = frozenset((node,))
     for node in graph.nodes:
         if node not in graph.known:
             for value in node.inputs:

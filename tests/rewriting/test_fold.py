@@ -39,6 +39,30 @@ def test_literals_alone_are_left_to_the_compiler():
     assert new is graph
 
 
+def test_tables_of_costly_functions_become_arrays():
+    def encoded(x):
+        frequencies = 1e4 ** (-jnp.arange(4) / 4)
+        angles = jnp.arange(4)[:, None] * frequencies
+        return x + jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)
+
+    _, new = _folded(encoded)
+    assert [n.op for n in new.nodes] == ["add"] and [c.aval.shape for c in new.constants] == [(4, 8)]
+    # The numbers of rows cost nothing, and a table of a million entries is not held.
+    graph, new = _folded(lambda x: x + jnp.arange(8))
+    assert new is graph
+    graph, new = _folded(lambda x: x + jnp.sin(jnp.arange(1e6).reshape(-1, 8)).max(0))
+    assert new is graph
+
+
+def test_folded_values_are_those_of_the_program_bit_for_bit():
+    w = jnp.linspace(0.1, 3, 4096)
+    for fun in (jnp.tanh, lax.rsqrt, jnp.exp, jax.nn.gelu, jax.scipy.special.erfinv):
+        graph = trace(jax.make_jaxpr(lambda w, fun=fun: fun(w))(w), {0: w})
+        new = fold(graph)
+        assert not new.nodes
+        np.testing.assert_array_equal(new.outputs[0].node.value, jax.jit(fun)(w))
+
+
 def test_parts_of_one_array_stay_one_array():
     def taps(w, x):
         return sum(x * w[i] for i in range(8))
