@@ -9,6 +9,7 @@ from jaxinfer.rewrites import (
     control_flow,
     conversions,
     convolution,
+    fusion_bounds,
     linear_algebra,
     loop_blocks,
     loop_forms,
@@ -50,6 +51,7 @@ RULES: tuple[Rule, ...] = (
     *convolution.RULES,
     *pooling.RULES,
     *sparse_weights.RULES,
+    *fusion_bounds.RULES,
 )
 
 # For derivatives as they are made: fewer operations, but everything joined is in memory at once, so no program that is
@@ -58,4 +60,4 @@ DERIVATIVE_RULES: tuple[Rule, ...] = padding.RULES
 
 # For derivatives that are about to run, once there is nothing left to simplify: on the way they would stand between
 # operations that belong together.
-FINAL_DERIVATIVE_RULES: tuple[Rule, ...] = product_layouts.RULES
+FINAL_DERIVATIVE_RULES: tuple[Rule, ...] = (*product_layouts.RULES, *fusion_bounds.RULES)

@@ -6,7 +6,7 @@ from jaxinfer.rewrites import DERIVATIVE_RULES, FINAL_DERIVATIVE_RULES, RULES
 from jaxinfer.rewriting.prove import prove
 from jaxinfer.rewriting.rule import check_names
 
-EVERY = (*RULES, *DERIVATIVE_RULES, *FINAL_DERIVATIVE_RULES)
+EVERY = tuple(dict.fromkeys((*RULES, *DERIVATIVE_RULES, *FINAL_DERIVATIVE_RULES)))
 BY_NAME = {rule.name: rule for rule in EVERY}
 
 

@@ -148,7 +148,9 @@ def _is_array(value: Any) -> bool:
 @functools.cache
 def _simplifying_rules() -> tuple[Any, ...]:
     rules = within((*load_rules(), *DERIVATIVE_RULES), "reassociate")
-    return tuple(r for r in rules if r.kind == "replace" and r.name not in _PRIMAL_ONLY)
+    return tuple(
+        r for r in rules if r.kind == "replace" and r.name not in _PRIMAL_ONLY and r not in FINAL_DERIVATIVE_RULES
+    )
 
 
 def execute(graph: Graph, *operands: Any) -> list[Any]:
