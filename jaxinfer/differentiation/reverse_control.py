@@ -156,7 +156,8 @@ def _shown(outputs: Sequence[Value], count: int, carries: int) -> dict[int, int]
 def _step_before(ys: Any, first: Any, reverse: bool) -> Any:
     """What a carry was before each step, where ys is what it was after it."""
     parts, start = ([ys, first[None]], 1) if reverse else ([first[None], ys], 0)
-    return lax.slice_in_dim(lax.concatenate(parts, 0), start, start + ys.shape[0])
+    # Written once: XLA would join the parts again in everything that reads them, element by element.
+    return lax.optimization_barrier(lax.slice_in_dim(lax.concatenate(parts, 0), start, start + ys.shape[0]))
 
 
 def _plan(
