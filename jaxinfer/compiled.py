@@ -108,8 +108,15 @@ class LoadedRun:
 
 def compiled_flat(program: Program, form: Form | None, leaves: Sequence[Any]) -> Any:
     """A form of a program compiled over its weights and the leaves of a call."""
-    jitted = jax.jit(program.flat(form), compiler_options=dict(form.options) if form else None)
-    return jitted.lower(program.weights(form), *leaves).compile()
+    flat, weights = program.flat(form), program.weights(form)
+    if form is not None and form.holds_weights:
+        flat, weights = functools.partial(holding, flat, weights), []
+    return jax.jit(flat, compiler_options=dict(form.options) if form else None).lower(weights, *leaves).compile()
+
+
+def holding(flat: Callable[..., Any], weights: Sequence[Any], _: Sequence[Any], *operands: Any) -> Any:
+    """A program that holds its weights, called like one that is passed them."""
+    return flat(weights, *operands)
 
 
 def _peak(memory: Any) -> int:

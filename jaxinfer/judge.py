@@ -14,6 +14,7 @@ from jaxinfer.analysis.cost import nbytes
 from jaxinfer.graph import Graph, emit
 from jaxinfer.pipeline import RuleError, Settings, VerificationWarning, described, improve, platform_now
 from jaxinfer.program import Compile, Form, Program, Runnable
+from jaxinfer.ready import placement
 from jaxinfer.search.measure import compare, time_candidates
 from jaxinfer.search.verify import Agreement, agree, guilty, nudge, split_at_decisions
 
@@ -23,6 +24,9 @@ _GATE_SECONDS = 4.0
 _SINGLE_SECONDS = 1.0
 # What is faster by less is within the noise: the plainer form, which comes first, is taken.
 _MARGIN = 0.95
+# Weights are written into a program up to this size, as it holds them a second time, and where that gains this much.
+_WRITTEN_BYTES = 32 << 20
+_WRITTEN_MARGIN = 0.97
 # Forms are compared in steady use: in shorter samples each would wake or disturb the threads of those timed before it.
 _SAMPLE_SECONDS = 0.02
 # A form may need this many times the original's peak memory, besides folded weights and a little that never matters.
@@ -85,7 +89,15 @@ def judge(
         program.form = next(iter(right))
         program.reason = "rewritten and verified; not timed, as asked"
     else:
-        _time(program, before, right, operands)
+        best = _fastest(program, right, operands)
+        if deadline is None or time.perf_counter() < deadline:
+            held = _holding_weights(program, best, right[best], operands, settings, compile_form)
+            if held is not None and (
+                reference is None or agree(reference, held[1](operands), moved, settings.numerics).passed
+            ):
+                best = held[0]
+                right.update([held])
+        _gate(program, before, best, right[best], operands)
     winner = right.get(program.form) if program.form else None
     _record(program, before, winner)
     return winner
@@ -99,8 +111,8 @@ def _needs_too_much(before: Runnable, after: Runnable) -> bool:
     return after.peak_bytes > _MEMORY * before.peak_bytes + folded + _FREE_BYTES
 
 
-def _time(program: Program, before: Runnable, right: Mapping[Form, Runnable], operands: Sequence[Any]) -> None:
-    """Keeps the fastest form if it is faster than the original beyond doubt."""
+def _fastest(program: Program, right: Mapping[Form, Runnable], operands: Sequence[Any]) -> Form:
+    """The form that is fastest in steady use, if it is faster than the plainest one in single calls too."""
     calls = [lambda run=run: run(operands) for run in right.values()]
     several = len(calls) > 1
     times = time_candidates(calls, budget_s=_GATE_SECONDS, sample_s=_SAMPLE_SECONDS) if several else [0.0]
@@ -114,7 +126,32 @@ def _time(program: Program, before: Runnable, right: Mapping[Form, Runnable], op
         # One that gains only as long as it is called again and again, its threads awake, is no gain to all.
         singly = compare(lambda: right[plain](operands), lambda: right[best](operands), budget_s=_SINGLE_SECONDS)
         best = best if singly.is_faster else plain
-    program.ratio = compare(lambda: before(operands), lambda: right[best](operands), budget_s=_GATE_SECONDS)
+    return best
+
+
+def _holding_weights(
+    program: Program, best: Form, run: Runnable, operands: Sequence[Any], settings: Settings, compile_form: Compile
+) -> tuple[Form, Runnable] | None:
+    """A form with its weights written into the program, where that is faster than passing them; else None."""
+    weights = [w.value for w in best.graph.weights]
+    place = placement([*weights, *operands])
+    if platform_now() != "cpu" or settings.numerics == "bitwise" or not weights or place is None or place[1]:
+        return None
+    if sum(nbytes(_jax.aval_of(w)) for w in weights) > _WRITTEN_BYTES:
+        return None
+    form = best.holding_weights()
+    try:
+        held = compile_form(program, form)
+        jax.block_until_ready(held(operands))
+    except Exception:  # Not worth a word: there is a form that runs
+        return None
+    ratio = compare(lambda: run(operands), lambda: held(operands), budget_s=_SINGLE_SECONDS)
+    return (form, held) if ratio.high < _WRITTEN_MARGIN else None
+
+
+def _gate(program: Program, before: Runnable, best: Form, after: Runnable, operands: Sequence[Any]) -> None:
+    """Keeps a form if it is faster than the original beyond doubt."""
+    program.ratio = compare(lambda: before(operands), lambda: after(operands), budget_s=_GATE_SECONDS)
     ratio, low, high = 1 / program.ratio.ratio, 1 / program.ratio.high, 1 / program.ratio.low
     measured = f"{ratio:.2f}× the original's speed (95 % bounds {low:.2f} to {high:.2f})"
     program.form = best if program.ratio.is_faster else None

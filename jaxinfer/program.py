@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import jax
@@ -23,11 +23,18 @@ class Form:
         name: how reports call it.
         graph: the program.
         options: compiler options it is compiled with.
+        holds_weights: whether the weights are written into the compiled program instead of being passed to it. Where
+            it is nested in another program they are passed all the same.
     """
 
     name: str
     graph: Graph
     options: Mapping[str, str] = field(default_factory=dict)
+    holds_weights: bool = False
+
+    def holding_weights(self) -> Form:
+        """This form with its weights written into the compiled program."""
+        return replace(self, name=f"{self.name}, weights written in", holds_weights=True)
 
 
 @dataclass

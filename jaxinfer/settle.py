@@ -132,7 +132,8 @@ def _complete(
 
 
 def _find(forms: Sequence[Form], stored: Mapping[str, Any] | None) -> Form | None:
-    return next((f for f in forms if stored and (f.name, f.graph.fingerprint) == stored["form"]), None)
+    every = [f for form in forms for f in (form, form.holding_weights())]
+    return next((f for f in every if stored and (f.name, f.graph.fingerprint) == stored["form"]), None)
 
 
 def _forms(

@@ -24,12 +24,14 @@ class PlatformProgram:
         weights: its weights.
         options: compiler options it is compiled with.
         form: how reports call it.
+        holds_weights: whether it is compiled with its weights written in.
     """
 
     flat: Callable[..., Sequence[Any]]
     weights: Sequence[Any]
     options: Mapping[str, str] = field(default_factory=dict)
     form: str = "as written"
+    holds_weights: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +116,9 @@ class SettledCall:
         program = self.program
         if platform == platform_now():
             form = program.form
-            name, options = (form.name, dict(form.options)) if form else ("as written", {})
-            return PlatformProgram(program.flat(form), self.weights, options, name)
+            if form is None:
+                return PlatformProgram(program.flat(None), self.weights)
+            return PlatformProgram(program.flat(form), self.weights, dict(form.options), form.name, form.holds_weights)
         if program.released:
             raise RuntimeError(
                 f"the original weights of {program.name} were let go, and the form for {platform} is made of them: "

@@ -106,14 +106,15 @@ def _verification(program: Program) -> Verification:
 
 def _weights(program: Program) -> Weights:
     folded = [w.aval for w in program.form.graph.weights] if program.form else []
+    size = sum(map(nbytes, folded))
     return Weights(
         len(folded),
-        sum(map(nbytes, folded)),
+        size,
         sum(
             int(np.asarray(x).nbytes) if not isinstance(x, jax.Array) else nbytes(x.aval)
             for x in program.known.values()
         ),
-        sum(map(nbytes, folded)),
+        2 * size if program.form and program.form.holds_weights else size,
     )
 
 

@@ -105,23 +105,26 @@ def _existing(
 ) -> tuple[Value, Labels] | None:
     """A product of Q and U in the program that sums over the reduced labels alone, and the labels of its axes."""
     shared = (frozenset(q[1]) & frozenset(u[1])) - reduced
-    turned = [Value(user, 0) for user, _ in graph.uses[q[0]] if user is not None and user.op == "transpose"]
-    for view in (q[0], *turned):
-        for user, _ in graph.uses[view]:
-            if user is None or user.op != "dot_general" or not _alike(user, like):
+    for product in _products_of(graph, q[0], like):
+        bases = [_base(v, tuple(range(len(v.shape)))) for v in product.inputs]
+        for operands in ((q, u), (u, q)):
+            if [value for value, _ in bases] != [value for value, _ in operands]:
                 continue
-            bases = [_base(v, tuple(range(len(v.shape)))) for v in user.inputs]
-            for first, second in ((q, u), (u, q)):
-                if [b[0] for b in bases] != [first[0], second[0]]:
-                    continue
-                labels = [
-                    tuple(known[1][axes.index(i)] for i in range(len(axes)))
-                    for known, (_, axes) in zip((first, second), bases)
-                ]
-                found = _result_labels(user, labels, reduced, shared)
-                if found is not None:
-                    return Value(user, 0), found
+            labels = [
+                tuple(known[axes.index(i)] for i in range(len(axes))) for (_, known), (_, axes) in zip(operands, bases)
+            ]
+            found = _result_labels(product, labels, reduced, shared)
+            if found is not None:
+                return Value(product, 0), found
     return None
+
+
+def _products_of(graph: Graph, value: Value, like: Node) -> Iterator[Node]:
+    """The products, alike in type and precision, that read a value or a transpose of it."""
+    users = [node for node, _ in graph.uses[value] if node is not None]
+    turned = [Value(node, 0) for node in users if node.op == "transpose"]
+    users += [node for view in turned for node, _ in graph.uses[view] if node is not None]
+    return (node for node in users if node.op == "dot_general" and _alike(node, like))
 
 
 def _alike(a: Node, b: Node) -> bool:

@@ -51,6 +51,42 @@ def judged(monkeypatch, steady, single):
     return program.form and program.form.name
 
 
+@pytest.mark.parametrize("ratio, held", [(0.9, True), (0.96, False), (1.0, False)])
+def test_weights_are_written_in_where_that_is_faster(monkeypatch, ratio, held):
+    w = jnp.ones((400, 4))
+    jaxpr = jax.make_jaxpr(lambda x: w @ x)(X)
+    original = trace(jaxpr, {})
+    program = Program("times", jaxpr, {}, original, Improved(original))
+    runs = {}
+
+    def compile_form(_, form):
+        return runs.setdefault(form, Run(form))
+
+    def compare(before, after, *, budget_s):
+        now = ratio if len(runs) == 3 and not program.ratio else 0.5
+        program.ratio = PairedRatio(now, now * 0.98, now * 1.02, 8, 1.0, now)
+        return program.ratio
+
+    monkeypatch.setattr(judging, "compare", compare)
+    judging.judge(program, [Form("rewritten", original)], [X], Settings(), True, None, compile_form)
+    assert program.form.holds_weights == held
+    assert program.form.name == ("rewritten, weights written in" if held else "rewritten")
+    written = [form for form in runs if form is not None and form.holds_weights]
+    assert len(written) == 1 and written[0].graph is original
+
+
+@pytest.mark.parametrize("settings, operand", [(Settings(numerics="bitwise"), X), (Settings(), jax.random.key(0))])
+def test_weights_are_passed_where_they_must_be(settings, operand):
+    w = jnp.ones((400, 4))
+    graph = trace(jax.make_jaxpr(lambda x: w @ x)(X), {})
+    run = Run(Form("rewritten", graph))
+    assert judging._holding_weights(None, run.form, run, [operand], settings, lambda *_: run) is None
+    large = Form("rewritten", trace(jax.make_jaxpr(lambda x: x + jnp.ones((3000, 3000)).sum())(X), {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "_WRITTEN_BYTES", 8)
+        assert judging._holding_weights(None, large, run, [X], Settings(), lambda *_: run) is None
+
+
 def test_a_form_that_fails_gives_way_to_the_others(monkeypatch):
     failing = set()
 

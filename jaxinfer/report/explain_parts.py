@@ -149,7 +149,7 @@ class Weights:
       folded: How many arrays were computed ahead from known values.
       folded_bytes: Their size.
       resident_original_bytes: Originals still held by reference (0 once released).
-      resident_folded_bytes: Folded arrays held.
+      resident_folded_bytes: Folded arrays held, and what of them is written into the compiled program.
     """
 
     folded: int | None = None

@@ -97,6 +97,7 @@ class _Entry:
     def __init__(self, stored: _Stored, entry: Mapping[str, Any]):
         self._stored, self._program, self._compiler = stored, entry["program"], dict(entry["options"])
         self.form: str = entry["form"]
+        self._holds_weights: bool = entry.get("holds_weights", False)
         self._arguments = shape_of(entry["arguments"])
         self.types = [(tuple(shape), dtype, weak) for shape, dtype, weak in entry["types"]]
         self._results, self._result_types = entry["results"], entry["result_types"]
@@ -121,9 +122,20 @@ class _Entry:
         """Whether it takes more than one size."""
         return any(isinstance(d, str) for shape, _, _ in self.types for d in shape)
 
+    def compiled(self, weights: list[Any]) -> Callable[..., Any]:
+        """The program as a jitted function, which refuses calls of any other kind."""
+        if not self._holds_weights or not all(map(_jax.is_concrete, weights)):
+            return functools.partial(self._jitted, weights)
+        run = functools.wraps(self._run)(functools.partial(self._run, weights))
+        return self._options.jit(run, self._compiler_options(), donates=False)
+
     @functools.cached_property
-    def jitted(self) -> Callable[..., Any]:
-        """The program as ``run(weights, *args, **kwargs)``, which refuses calls of any other kind."""
+    def _jitted(self) -> Callable[..., Any]:
+        return self._options.shifted(1).jit(self._run, self._compiler_options(), donates=False)
+
+    @functools.cached_property
+    def _run(self) -> Callable[..., Any]:
+        """The program as ``run(weights, *args, **kwargs)``."""
         exported = self.exported
 
         def run(weights: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +146,7 @@ class _Entry:
             return rebuild(self._results, iter([_typed(x, *t) for x, t in zip(results, self._result_types)]))
 
         run.__name__ = run.__qualname__ = self._stored.name
-        return self._options.shifted(1).jit(run, self._compiler_options(), donates=False)
+        return run
 
     @functools.cached_property
     def exported(self) -> export.Exported:
@@ -177,6 +189,7 @@ class Loaded:
     def __init__(self, stored: _Stored, arrays: Mapping[str, Any] | None = None):
         self._stored = stored
         self._arrays = stored.arrays if arrays is None else arrays
+        self._runs: dict[_Entry, Callable[..., Any]] = {}
         self._hot: Callable[..., Any] | None = None
         self.__name__ = stored.name
 
@@ -194,8 +207,9 @@ class Loaded:
                 pass
         entry = self._stored.entry(args, kwargs)
         # Read outside of any trace, so that what is kept are arrays.
-        run = functools.partial(entry.jitted, [self._arrays[name] for name in entry.weights])
+        run = self._runs.get(entry) or entry.compiled([self._arrays[name] for name in entry.weights])
         out = run(*args, **kwargs)
+        self._runs[entry] = run
         self._hot = run
         return out
 

@@ -249,6 +249,7 @@ def _entry(
         "weights": [arrays.add(w, paths.get(id(w), f"weight.{i}")) for i, w in enumerate(weights)],
         "form": program.form,
         "options": dict(program.options),
+        "holds_weights": program.holds_weights,
     }
     try:
         types = [_jax.to_struct(_jax.abstract(x)) for x in weights], *map(_jax.to_struct, kind.avals)

@@ -15,8 +15,9 @@ import pytest
 from flax import nnx
 from jax import export
 
-from jaxinfer import autoinfer
+from jaxinfer import autoinfer, judge
 from jaxinfer.quantization.scheme import Int8, Override
+from jaxinfer.search.measure import PairedRatio
 from jaxinfer.storage import StorageError
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(12, 10)), jnp.float32)
@@ -423,3 +424,21 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
         monkeypatch.setattr(pickle, name, refuse)
     autoinfer.save((chain, PARAMS), tmp_path / "program", X)
     assert autoinfer.load(tmp_path / "program")(X).shape == (2, 9)
+
+
+def test_weights_written_in_are_written_in_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "time_candidates", lambda calls, budget_s, sample_s: list(range(len(calls))))
+    monkeypatch.setattr(judge, "compare", lambda *_, **__: PairedRatio(0.5, 0.4, 0.6, 8, 2.0, 1.0))
+    w, x = jnp.sin(jnp.arange(900.0)).reshape(30, 30), jnp.cos(jnp.arange(30.0))
+    fast = autoinfer.optimize(lambda w, x: jnp.tanh(w @ w @ x), tune=5.0).freeze(w)
+    want = fast(x)
+    assert fast.program(x).form.holds_weights
+    autoinfer.save(fast, tmp_path / "p")
+    loaded = autoinfer.load(tmp_path / "p")
+    assert loaded.calls[0].endswith("weights written in")
+    np.testing.assert_array_equal(loaded(x), want)
+    np.testing.assert_array_equal(loaded(x), want)
+    # As an argument of another program, and differentiated, its weights are arrays like any other.
+    np.testing.assert_allclose(jax.jit(lambda f, x: f(x))(loaded, x), want, rtol=1e-6)
+    twice = jax.tree.map(lambda a: 2 * a, loaded)
+    np.testing.assert_allclose(twice(x), jnp.tanh(2 * (w @ w) @ x), rtol=1e-5)
