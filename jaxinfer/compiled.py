@@ -108,15 +108,16 @@ class LoadedRun:
 
 def compiled_flat(program: Program, form: Form | None, leaves: Sequence[Any]) -> Any:
     """A form of a program compiled over its weights and the leaves of a call."""
-    flat, weights = program.flat(form), program.weights(form)
-    if form is not None and form.holds_weights:
-        flat, weights = functools.partial(holding, flat, weights), []
+    flat, weights = flat_and_weights(program, form, program.weights(form))
     return jax.jit(flat, compiler_options=dict(form.options) if form else None).lower(weights, *leaves).compile()
 
 
-def holding(flat: Callable[..., Any], weights: Sequence[Any], _: Sequence[Any], *operands: Any) -> Any:
-    """A program that holds its weights, called like one that is passed them."""
-    return flat(weights, *operands)
+def flat_and_weights(program: Program, form: Form | None, weights: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """``f(weights, *operands) -> results`` of a form, and the weights to pass to it: none where it holds them."""
+    flat = program.flat(form)
+    if form is None or not form.holds_weights:
+        return flat, weights
+    return (lambda _, *operands: flat(weights, *operands)), []
 
 
 def _peak(memory: Any) -> int:

@@ -12,7 +12,7 @@ import jax
 from jaxinfer import _jax
 from jaxinfer.arguments import Options, Static, needs_packing, pack, packed, unpacked
 from jaxinfer.call import optimized_call
-from jaxinfer.compiled import CompiledForm, LoadedRun, OtherSignature, compiled_flat, holding
+from jaxinfer.compiled import CompiledForm, LoadedRun, OtherSignature, compiled_flat, flat_and_weights
 from jaxinfer.graph import Graph
 from jaxinfer.pipeline import Settings
 from jaxinfer.program import Form, Program
@@ -290,9 +290,8 @@ class Optimized:
         self, signature: Any, program: Program, form: Form | None, weights: list[Any], donates: bool = True
     ) -> Callable[..., Any]:
         """A form of a program as a jitted function that refuses arguments of any other kind."""
-        flat, out_tree, options = program.flat(form), self._out_trees[signature], self._options
-        if form is not None and form.holds_weights:
-            flat, weights = functools.partial(holding, flat, weights), []
+        out_tree, options = self._out_trees[signature], self._options
+        flat, weights = flat_and_weights(program, form, weights)
 
         def entry(weights: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             other, operands, _, _ = options.signature(args, kwargs)

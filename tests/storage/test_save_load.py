@@ -438,7 +438,7 @@ def test_weights_written_in_are_written_in_again(tmp_path, monkeypatch):
     assert loaded.calls[0].endswith("weights written in")
     np.testing.assert_array_equal(loaded(x), want)
     np.testing.assert_array_equal(loaded(x), want)
-    # As an argument of another program, and differentiated, its weights are arrays like any other.
+    # As an argument of another program, and where others take their place, its weights are arrays like any other.
     np.testing.assert_allclose(jax.jit(lambda f, x: f(x))(loaded, x), want, rtol=1e-6)
     twice = jax.tree.map(lambda a: 2 * a, loaded)
     np.testing.assert_allclose(twice(x), jnp.tanh(2 * (w @ w) @ x), rtol=1e-5)
