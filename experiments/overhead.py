@@ -27,7 +27,7 @@ _WIDTH = 16
 def overhead(
     request: Request, leaves: int, equations: Sequence[int], compiled: Sequence[int], processes: int
 ) -> list[Row]:
-    """Measures all three costs, prints tables and writes the rows.
+    """Measures all three costs, writes every row as it comes and prints tables.
 
     Args:
         request: where to print and write, and the models whose first call is timed.
@@ -36,13 +36,18 @@ def overhead(
         compiled: those of them that XLA compiles as well, to compare with.
         processes: how often each kind of first call is timed.
     """
-    calls = [fresh(per_call, leaves=leaves)]
-    sizes = fresh(per_equation, equations=list(equations), compiled=list(compiled))
-    first = [first_calls(name, request.tiny, processes) for name in request.models]
-    rows = [{"task": "overhead", **row} for row in (*calls, *sizes, *first)]
-    append(request.output, rows)
-    for sheet in (_call_sheet(calls), _size_sheet(sizes), _first_sheet(first)):
-        request.console.print(sheet)
+    rows: list[Row] = []
+
+    def add(found: list[Row]) -> list[Row]:
+        new = [{"task": "overhead", **row} for row in found]
+        append(request.output, new)
+        rows.extend(new)
+        return found
+
+    request.console.print(_call_sheet(add([fresh(per_call, leaves=leaves)])))
+    request.console.print(_size_sheet(add(fresh(per_equation, equations=list(equations), compiled=list(compiled)))))
+    first = [add([first_calls(name, request.tiny, processes)])[0] for name in request.models]
+    request.console.print(_first_sheet(first))
     return rows
 
 
