@@ -162,17 +162,13 @@ def _cases(s: Any) -> Iterator[Any]:
 
 def _joined_cases(s: Any) -> Iterator[Any]:
     s.only("float32")
+
+    def products(*axes: int) -> Any:
+        return lambda a, b, g: tuple(lax.dot_general(x, g, ((axes, axes), ((), ()))) for x in (a, b))
+
     rows, width, columns = s.choice((64, 96)), s.choice((260, 300)), s.choice((200, 240))
-    numbers = (((0,), (0,)), ((), ()))
-    yield (
-        lambda a, b, g: tuple(lax.dot_general(x, g, numbers) for x in (a, b)),
-        (s.array(rows, width), s.array(rows, 240), s.array(rows, columns)),
-    )
-    numbers = (((0, 1), (0, 1)), ((), ()))
-    yield (
-        lambda a, b, g: tuple(lax.dot_general(x, g, numbers) for x in (a, b)),
-        (s.array(rows, 1, 20, 13), s.array(rows, 1, 240), s.array(rows, 1, columns)),
-    )
+    yield products(0), (s.array(rows, width), s.array(rows, 240), s.array(rows, columns))
+    yield products(0, 1), (s.array(rows, 1, 20, 13), s.array(rows, 1, 240), s.array(rows, 1, columns))
 
 
 RULES: tuple[Rule, ...] = (
