@@ -364,6 +364,11 @@ def define_effectful_abstract(primitive: Primitive, rule: Callable[..., tuple[An
     primitive.def_effectful_abstract_eval(rule)  # type: ignore[attr-defined]
 
 
+def is_export(ctx: Any) -> bool:
+    """Whether a lowering is for ``jax.export``: what it says must be known wherever the program is run."""
+    return ctx.module_context.lowering_parameters.for_export
+
+
 def one_minus_square(x: Any) -> Any:
     """1 − x², without cancellation near ±1 where JAX has an operation for it (from 0.12)."""
     if hasattr(jax.lax, "one_minus_square"):
@@ -432,7 +437,8 @@ def serialize(compiled: jax.stages.Compiled) -> Code | None:
     """The code of a compiled program for another process, and the positions of the arguments that it takes.
 
     None for a program that is more than its code: one with callbacks, effects, Refs or several devices, or one that
-    calls a library (LAPACK's kernels, for one, are made ready when a program is lowered, which loading leaves out). To
+    calls another library than our own (LAPACK's kernels, for one, are made ready when a program is lowered, which
+    loading leaves out). To
     be called before the program has run for the first time: XLA then puts functions of its own in the place of what
     a sort compares by, and cannot write those down.
     """
@@ -442,7 +448,10 @@ def serialize(compiled: jax.stages.Compiled) -> Code | None:
     effects = (*unloaded.ordered_effects, *unloaded.unordered_effects)
     if unloaded.mut or unloaded.host_callbacks or unloaded.keepalive or effects:
         return None
-    if any(not name.startswith("__") for name in re.findall(r'custom_call_target="([^"]*)"', compiled.as_text() or "")):
+    if any(
+        not name.startswith(("__", "jaxinfer_"))
+        for name in re.findall(r'custom_call_target="([^"]*)"', compiled.as_text() or "")
+    ):
         return None
     try:
         code = unloaded.backend.serialize_executable(unloaded.xla_executable)

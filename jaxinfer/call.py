@@ -84,7 +84,13 @@ def _lowered(platform: str) -> Callable[..., Any]:
         graph = improve_or_keep("an optimized call", trace(jaxpr), settings, platform)[0]
         return emit(graph)([w.value for w in graph.weights], *operands)
 
-    return mlir.lower_fun(run, multiple_results=True)
+    lowered = mlir.lower_fun(run, multiple_results=True)
+
+    def rule(ctx: Any, *operands: Any, settings: Settings, **params: Any) -> Any:
+        settings = settings.portable() if _jax.is_export(ctx) else settings
+        return lowered(ctx, *operands, settings=settings, **params)
+
+    return rule
 
 
 # -- differentiation --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import jax
 
 from jaxinfer.analysis.cost import nbytes
 from jaxinfer.graph import Graph, check
+from jaxinfer.native import library
 from jaxinfer.rewriting import Rewriter, Rule, RuleError, Tier, evaluate_known, fold, load_rules, within
 from jaxinfer.rewriting.fold import Evaluate
 from jaxinfer.search.cache import Store, default_cache
@@ -57,6 +58,11 @@ class Settings:
     def seconds(self) -> float:
         """Time that may be spent measuring, in seconds."""
         return TUNING_SECONDS[self.tune] if isinstance(self.tune, str) else float(self.tune)
+
+    def portable(self) -> Settings:
+        """The same settings for programs that are to run elsewhere: without this machine's kernels."""
+        rules = registered_rules() if self.rules is None else self.rules
+        return replace(self, rules=tuple(r for r in rules if not r.native))
 
     def without(self, names: Iterable[str]) -> Settings:
         """The same settings with some rules left out."""
@@ -199,7 +205,7 @@ def _policy(
     return Policy(
         kind,
         peaks(measure=measure, cache=cache),
-        environment_key(rules_digest(rules)),
+        environment_key(rules_digest(tuple(r for r in rules if not r.native))),
         cache,
         deadline if measure else None,
     )
@@ -212,6 +218,8 @@ def rules_digest(rules: tuple[Rule, ...]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for rule in rules:
         digest.update(f"{rule.name}|{rule.tier}|{rule.kind}\n".encode())
+    if any(r.native for r in rules) and (kernels := library()):
+        digest.update(kernels.digest.encode())
     for file in files:
         digest.update(Path(file).read_bytes() if file and Path(file).is_file() else file.encode())
     return digest.hexdigest()

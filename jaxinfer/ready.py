@@ -26,7 +26,7 @@ from jaxinfer.search.cache import Store, key
 # Where a weight comes from: (_ORIGINAL, its place among the original's) or (a fold, the place among its results).
 _ORIGINAL = -1
 # Where the code is that makes programs of functions.
-_ROOMS = ("", "graph", "analysis", "rewriting", "search")
+_ROOMS = ("", "graph", "native", "analysis", "rewriting", "search")
 
 
 @dataclass

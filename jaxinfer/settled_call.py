@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxinfer import _jax
+from jaxinfer.analysis.kernels import uses_kernels
 from jaxinfer.arguments import Options
 from jaxinfer.graph import emit
 from jaxinfer.pipeline import Settings, improve_or_keep, platform_now
@@ -107,6 +108,16 @@ class SettledCall:
             static=(),
         )
 
+    def _is_made_again(self) -> bool:
+        """Whether the weights are those that the original ones gave: only then can another form be made of those.
+
+        A form with kernels of this machine is then better made without. Otherwise it is written down in JAX's own
+        operations.
+        """
+        mine = self.program.weights(self.program.form)
+        own = len(mine) == len(self.weights) and all(a is b for a, b in zip(mine, self.weights))
+        return own and not self.program.released
+
     def on(self, platform: str) -> PlatformProgram:
         """What runs on a platform: here, what was settled; elsewhere, what the analytic model prefers there.
 
@@ -114,8 +125,8 @@ class SettledCall:
             RuntimeError: if that needs original weights that were let go.
         """
         program = self.program
-        if platform == platform_now():
-            form = program.form
+        form = program.form
+        if platform == platform_now() and (form is None or not uses_kernels(form.graph) or not self._is_made_again()):
             if form is None:
                 return PlatformProgram(program.flat(None), self.weights)
             return PlatformProgram(program.flat(form), self.weights, dict(form.options), form.name, form.holds_weights)
@@ -127,6 +138,6 @@ class SettledCall:
         graph = program.original
         name = "as written"
         if not _jax.uses_refs(program.jaxpr):
-            graph, rewritten = improve_or_keep(program.name, graph, self.settings, platform)
+            graph, rewritten = improve_or_keep(program.name, graph, self.settings.portable(), platform)
             name = "rewritten" if rewritten else name
         return PlatformProgram(emit(graph), [w.value for w in graph.weights], form=name)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxinfer import _jax
+from jaxinfer.analysis.kernels import KERNELS
 from jaxinfer.graph import Graph, Node, Value
 
 # Operations that move or relabel data and compute nothing.
@@ -23,8 +24,10 @@ MOVES = frozenset(
     "rev select_n slice split squeeze stack tile transpose expand_dims bitcast_convert_type stop_gradient "
     "copy_p real imag device_put optimization_barrier".split()
 )
+# How much longer a kernel of this project is estimated to take than its work would.
+_UNMEASURED = 2.0
 # Operations that XLA's fusions cannot swallow: each reads its operands from memory and writes its results.
-_UNFUSED = frozenset(
+_UNFUSED = KERNELS | frozenset(
     "dot_general conv_general_dilated scan while cond sort top_k fft cholesky triangular_solve lu qr eigh svd "
     "custom_linear_solve scatter scatter-add scatter_add gather reduce_window reduce_window_sum reduce_window_max "
     "cumsum cumprod cummax cummin cumlogsumexp ragged_dot_general".split()
@@ -97,6 +100,9 @@ def flops(node: Node) -> float:
         kernel = node.inputs[1].aval
         out_features = kernel.shape[node.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * size(node.avals[0]) * size(kernel) / max(out_features, 1)
+    if node.op in KERNELS:
+        weights = node.inputs[1].aval.shape
+        return 2.0 * size(node.avals[0]) * math.prod(weights[1:4] if node.op == "packed_convolution" else weights[:2])
     if node.op in ("cholesky", "triangular_solve", "lu", "qr", "eigh", "svd", "custom_linear_solve"):
         n = node.inputs[0].shape[-1] if node.inputs[0].shape else 1
         return float(size(node.inputs[0].aval)) * (n if isinstance(n, int) else 1)
@@ -146,6 +152,10 @@ def _node_seconds(graph: Graph, node: Node, rates: Rates, platform: str) -> floa
     work = flops(node)
     if node.op == "dot_general":
         return max(work / rates.dot_rate(node.inputs[0].dtype), memory) + rates.launch_s
+    if node.op in KERNELS:
+        # Never better than what XLA has for it, so long as it was not measured.
+        rate = rates.vector if node.op == "depthwise_convolution" else rates.dot_rate(node.inputs[0].dtype)
+        return _UNMEASURED * max(work / rate, memory) + rates.launch_s
     if node.op == "conv_general_dilated":
         kind = platform if platform in _CONVOLUTION_SHARE else "gpu"
         share = _CONVOLUTION_SHARE[kind][node.params["feature_group_count"] > 1]

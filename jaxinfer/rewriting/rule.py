@@ -63,6 +63,7 @@ class Rule:
         finite: the rule promises its tier for finite values only (say why in the note).
         reads_values: ``after`` or ``when`` look at the contents of known arrays, not only at their types.
         platforms: the only platforms the form exists for, or None for all.
+        native: the form is a kernel of this machine, so it is nothing for programs that are exported or stored.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Rule:
     finite: bool = False
     reads_values: bool = False
     platforms: frozenset[str] | None = None
+    native: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.name):

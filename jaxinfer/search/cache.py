@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from jaxinfer.cache_folder import default_folder
+
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -247,16 +249,6 @@ class Cache:
             _warn(f"{path} cannot be written ({error}); results are kept in memory. Set JAXINFER_CACHE_DIR.")
         if damage is not None and self._connection is not None:
             _warn(f"{path} was damaged ({damage}); it is now {DAMAGED_NAME}, and a new one was begun.")
-
-
-def default_folder() -> Path | None:
-    """JAXINFER_CACHE_DIR, else XDG_CACHE_HOME/jaxinfer, else ~/.cache/jaxinfer; None without a home."""
-    if chosen := os.environ.get("JAXINFER_CACHE_DIR"):
-        return Path(os.path.abspath(os.path.expanduser(chosen)))
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.cache")
-    return Path(base) / "jaxinfer" if os.path.isabs(base) else None
 
 
 @functools.cache

@@ -19,7 +19,9 @@ import numpy as np
 
 from jaxinfer import _jax
 from jaxinfer.analysis.cost import nbytes, seconds
+from jaxinfer.analysis.kernels import uses_kernels
 from jaxinfer.graph import Graph, GraphBuilder, Node, Value, emit, splice
+from jaxinfer.native import library
 from jaxinfer.rewriting import Replacement, fold
 from jaxinfer.search.cache import Store, key
 from jaxinfer.search.device import Peaks
@@ -120,7 +122,7 @@ def choose(
     """
     sites: dict[Any, _Site] = {}
     for owner, node in _owners(graph, offers):
-        for replacements in _by_roots(offers[node]):
+        for replacements in _by_result(owner, offers[node]):
             forms, named = _forms(owner, replacements)
             identity = tuple((name, g.fingerprint or id(g)) for name, g in forms.items())
             site = sites.setdefault(identity, _Site([], forms, []))
@@ -142,11 +144,16 @@ def choose(
     return {node: replacement for node, (_, replacement) in best.items()}, choices
 
 
-def _by_roots(replacements: Sequence[Replacement]) -> list[list[Replacement]]:
-    """Forms that replace the same values answer the same question; others are compared apart."""
+def _by_result(graph: Graph, replacements: Sequence[Replacement]) -> list[list[Replacement]]:
+    """Forms that end in the same values answer the same question; others are compared apart.
+
+    A form may take the place of elementwise operations that follow as well: what counts is where those end.
+    """
     groups: dict[tuple[Value, ...], list[Replacement]] = {}
     for replacement in replacements:
-        groups.setdefault(replacement.roots, []).append(replacement)
+        tail = _epilogue(graph, replacement.roots)
+        end = (Value(tail[-1], 0),) if tail else replacement.roots
+        groups.setdefault(end, []).append(replacement)
     return list(groups.values())
 
 
@@ -179,10 +186,9 @@ def _settle(site: _Site, policy: Policy) -> tuple[Choice, float]:
 
 def _times(site: _Site, policy: Policy) -> tuple[dict[str, float], Source]:
     """Seconds of each form worth timing, and where they come from."""
-    fingerprints = {name: g.fingerprint for name, g in site.forms.items()}
-    if policy.cache is None or None in fingerprints.values():
+    if policy.cache is None or None in (g.fingerprint for g in site.forms.values()):
         return {}, "analytic"
-    name = key("site", policy.environment, policy.platform, policy.cold, sorted(fingerprints.items()))
+    name = _key(site.forms, policy)
     stored = policy.cache.get(name)
     if _are_timings(stored, site):
         return stored, "cached"
@@ -196,7 +202,17 @@ def _times(site: _Site, policy: Policy) -> tuple[dict[str, float], Source]:
     sample = _LOOP_SAMPLE_S if any(n.op in ("scan", "while") for n in site.nodes) else _SAMPLE_S
     times = dict(zip(hopeful, time_candidates(calls, budget_s=budget, sample_s=sample)))
     policy.cache.put(name, times)
+    portable = {n: g for n, g in site.forms.items() if not uses_kernels(g)}
+    if len(portable) < len(site.forms):
+        policy.cache.put(_key(portable, policy), {n: t for n, t in times.items() if n in portable})
     return times, "measured"
+
+
+def _key(forms: Mapping[str, Graph], policy: Policy) -> str:
+    """The name of timings in the cache. Where kernels are left out it is that of a program to run elsewhere."""
+    kernels = library() if any(map(uses_kernels, forms.values())) else None
+    fingerprints = sorted((name, g.fingerprint) for name, g in forms.items())
+    return key("site", policy.environment, policy.platform, policy.cold, fingerprints, kernels and kernels.digest)
 
 
 def _are_timings(stored: Any, site: _Site) -> bool:
@@ -235,12 +251,13 @@ def _random(rng: np.random.Generator, aval: Any) -> Any:
 def _forms(graph: Graph, replacements: Sequence[Replacement]) -> tuple[dict[str, Graph], dict[str, Replacement]]:
     """Old and new forms as small programs over the same inputs, by name."""
     named = {r.rule.name: r for r in replacements}
-    roots = replacements[0].roots
     arguments = list(dict.fromkeys(a for r in named.values() for a in r.arguments))
-    tail = _epilogue(graph, roots)
-    forms = {"original": _program(graph, arguments, roots, tail, None)}
+    tails = {name: _epilogue(graph, r.roots) for name, r in named.items()}
+    # The form that takes the place of the fewest operations has the most left after it.
+    first = max(named, key=lambda name: len(tails[name]))
+    forms = {"original": _program(graph, arguments, named[first].roots, tails[first], None)}
     for name, replacement in named.items():
-        forms[name] = _program(graph, arguments, roots, tail, replacement)
+        forms[name] = _program(graph, arguments, replacement.roots, tails[name], replacement)
     return forms, named
 
 

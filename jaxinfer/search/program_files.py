@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.search.cache import default_folder
+from jaxinfer.cache_folder import default_folder
 
 FOLDER_NAME = "programs"
 # Bytes that all files together may take.

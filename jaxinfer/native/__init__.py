@@ -1,0 +1,20 @@
+"""Kernels in C that XLA calls, for what its CPU backend does slowly.
+
+The sources lie beside this file. They are compiled once for the processor at hand, by whatever C compiler there is;
+without one none of their operations is offered, and everything works as before. Each operation is a JAX primitive that
+says itself in plain JAX as well: so it is lowered for other platforms, exported, and computed in other dtypes.
+"""
+
+from jaxinfer.native.convolution import Tail, Window, depthwise_convolution, pack, packed_convolution
+from jaxinfer.native.library import Library, library, why_missing
+
+__all__ = [
+    "Library",
+    "Tail",
+    "Window",
+    "depthwise_convolution",
+    "library",
+    "pack",
+    "packed_convolution",
+    "why_missing",
+]

@@ -1,0 +1,215 @@
+// Convolutions and products with packed weights.
+//
+// y[n, i, j, c] = clamp(Σ x[n, i·s + a·d − p, j·s + b·d − p, k] · w[a, b, k, c] + bias[c] + addend[n, i, j, c]), channels
+// last. A product of matrices is the case of one image of height 1 under a window of one pixel. Weights are packed in
+// panels of PANEL output channels: [panel, a, b, k, PANEL].
+//
+// A tile is up to TILE_ROWS pixels times one panel, all in registers. What a tile reads of one row of its window lies
+// together in memory where the window is not dilated; pixels at an edge read a copy with zeros around.
+
+#include <stdlib.h>
+
+#include "call.h"
+#include "result.h"
+#include "team.h"
+#include "vector.h"
+
+// Tiles are handed out one by one, or several together where there are more than so many.
+#define MOST_ITEMS 4096
+// Multiplications that are worth another thread: it is told of them in the time that a core takes for so many.
+#define WORK_PER_THREAD 50000
+
+typedef struct {
+  const float *x, *w;
+  Result result;
+  int64_t height, width, depth;              // of an image of x, and its channels
+  int64_t out_height, out_width, out_depth;  // of y
+  int64_t rows, columns;                     // of the window
+  int64_t stride[2], before[2], dilation[2];
+  int64_t pixels;        // of y, all images together
+  int64_t panels;        // of the weights
+  int64_t tiles;         // pixels are done in so many tiles
+  int64_t together;      // tiles of one item
+  int64_t parts;         // the panels of an item are done in so many parts
+  int64_t runs, length;  // a window is so many runs of so many numbers that lie together
+  bool plain;            // windows of one pixel, next to each other as those of x are
+} Convolution;
+
+// One tile of the result: sums over `runs` runs of `length` numbers; run r of row m starts at x[r · TILE_ROWS + m].
+INLINE void compute_tile(const Convolution *c, const int rows, const int vectors, const float *const *x, int64_t first,
+                         int64_t panel) {
+  Vector sums[TILE_ROWS][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < rows; m++) {
+    for (int v = 0; v < vectors; v++) {
+      sums[m][v] = (Vector){};
+      if (c->result.bias) sums[m][v] = *(const Vector *)(c->result.bias + panel * PANEL + v * LANES);
+    }
+  }
+  const float *w = c->w + panel * c->runs * c->length * PANEL;
+  for (int64_t r = 0; r < c->runs; r++, x += TILE_ROWS) {
+    for (int64_t k = 0; k < c->length; k++, w += PANEL) {
+      Vector w0 = *(const Vector *)w, w1 = w0;
+      if (vectors > 1) w1 = *(const Vector *)(w + LANES);
+#pragma GCC unroll 16
+      for (int m = 0; m < rows; m++) {
+        float value = x[m][k];
+        sums[m][0] += w0 * value;
+        if (vectors > 1) sums[m][1] += w1 * value;
+      }
+    }
+  }
+  int64_t place = first * c->out_depth + panel * PANEL, columns = c->out_depth - panel * PANEL;
+#pragma GCC unroll 16
+  for (int m = 0; m < rows; m++)
+    for (int v = 0; v < vectors; v++)
+      result_store(&c->result, place + m * c->out_depth + v * LANES, columns - v * LANES, sums[m][v]);
+}
+
+static void compute(const Convolution *c, int rows, const float *const *x, int64_t first, int64_t panel) {
+  bool narrow = c->out_depth - panel * PANEL <= LANES;
+  switch (rows) {
+#define CASE(n)                                           \
+  case n:                                                 \
+    if (narrow) compute_tile(c, (n), 1, x, first, panel); \
+    else compute_tile(c, (n), 2, x, first, panel);        \
+    break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if TILE_ROWS > 6
+    CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#endif
+#undef CASE
+  }
+}
+
+// A single row reads each weight once, so what counts is how fast they come: sums of four rows of weights at a time.
+static void compute_row(const Convolution *c, const float *x, int64_t panel) {
+  const float *w = c->w + panel * c->length * PANEL;
+  Vector a[4] = {}, b[4] = {};
+  int64_t k = 0;
+  for (; k + 3 < c->length; k += 4, w += 4 * PANEL) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      a[i] += *(const Vector *)(w + i * PANEL) * x[k + i];
+      b[i] += *(const Vector *)(w + i * PANEL + LANES) * x[k + i];
+    }
+  }
+  for (; k < c->length; k++, w += PANEL) {
+    a[0] += *(const Vector *)w * x[k];
+    b[0] += *(const Vector *)(w + LANES) * x[k];
+  }
+  Vector sums[2] = {(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3])};
+  int64_t place = panel * PANEL;
+  for (int v = 0; v < 2 && place + v * LANES < c->out_depth; v++) {
+    if (c->result.bias) sums[v] += *(const Vector *)(c->result.bias + place + v * LANES);
+    result_store(&c->result, place + v * LANES, c->out_depth - place - v * LANES, sums[v]);
+  }
+}
+
+// Where a run starts that reaches over the left or right edge of an image: in `copy`, made here, with zeros around.
+static const float *edge_run(const Convolution *c, const float *start, int64_t column, float *copy) {
+  int64_t run_columns = c->length / c->depth;
+  int64_t left = column < 0 ? -column * c->depth : 0;
+  int64_t over = column + run_columns - c->width;
+  int64_t end = c->length - (over > 0 ? over * c->depth : 0);
+  for (int64_t k = 0; k < left; k++) copy[k] = 0;
+  for (int64_t k = left; k < end; k++) copy[k] = start[k];
+  for (int64_t k = end; k < c->length; k++) copy[k] = 0;
+  return copy;
+}
+
+// Where each run of each pixel of a tile starts: in x, in `zeros` where it is all padding, or in its place of `edges`.
+static void find_runs(const Convolution *c, int64_t first, int rows, const float **x, float *edges, const float *zeros) {
+  if (c->runs == 1 && c->plain) {
+    for (int m = 0; m < rows; m++) x[m] = c->x + (first + m) * c->depth;
+    return;
+  }
+  int64_t run_columns = c->length / c->depth;
+  int64_t j = first % c->out_width, i = first / c->out_width % c->out_height;
+  const float *image = c->x + first / (c->out_width * c->out_height) * c->height * c->width * c->depth;
+  for (int m = 0; m < rows; m++) {
+    int64_t a = 0, b = 0;
+    for (int64_t r = 0; r < c->runs; r++) {
+      int64_t row = i * c->stride[0] + a * c->dilation[0] - c->before[0];
+      int64_t column = j * c->stride[1] + b * c->dilation[1] - c->before[1];
+      const float *start = image + (row * c->width + column) * c->depth;
+      if (row < 0 || row >= c->height || column + run_columns <= 0 || column >= c->width) {
+        start = zeros;
+      } else if (column < 0 || column + run_columns > c->width) {
+        start = edge_run(c, start, column, edges + (r * TILE_ROWS + m) * c->length);
+      }
+      x[r * TILE_ROWS + m] = start;
+      if ((b += run_columns) >= c->columns) b = 0, a++;
+    }
+    if (++j == c->out_width) {
+      j = 0;
+      if (++i == c->out_height) i = 0, image += c->height * c->width * c->depth;
+    }
+  }
+}
+
+// Memory of a thread for the runs of one tile, kept for the next one.
+static void *scratch(size_t bytes) {
+  static __thread void *held;
+  static __thread size_t size;
+  if (bytes > size) {
+    free(held);
+    held = malloc(bytes);
+    size = held ? bytes : 0;
+  }
+  return held;
+}
+
+static void compute_panels(const Convolution *c, int64_t tile, int64_t from, int64_t to) {
+  int64_t first = c->pixels * tile / c->tiles, rows = c->pixels * (tile + 1) / c->tiles - first;
+  size_t pointers = c->runs * TILE_ROWS;
+  const float **x = scratch(pointers * sizeof *x + (pointers + 1) * c->length * sizeof(float));
+  float *zeros = (float *)(x + pointers);
+  if (!c->plain) memset(zeros, 0, c->length * sizeof(float));
+  find_runs(c, first, (int)rows, x, zeros + c->length, zeros);
+  for (int64_t panel = from; panel < to; panel++) {
+    if (c->pixels == 1 && c->runs == 1) compute_row(c, x[0], panel);
+    else compute(c, (int)rows, x, first, panel);
+  }
+}
+
+static void compute_item(const void *data, int item) {
+  const Convolution *c = data;
+  int64_t part = item % c->parts, first = item / c->parts * c->together;
+  for (int64_t tile = first; tile < first + c->together && tile < c->tiles; tile++)
+    compute_panels(c, tile, c->panels * part / c->parts, c->panels * (part + 1) / c->parts);
+}
+
+// Operands: x[n, h, w, k], packed weights[panel, a, b, k, PANEL], then bias[panel · PANEL] and addend[n, i, j, c] if any.
+// Attribute `window` is int64 {stride, stride, padding before, padding before, dilation, dilation}; the others are those
+// of a result.
+XLA_FFI_Error *jaxinfer_convolution(XLA_FFI_CallFrame *call) {
+  if (call_answers_version(call)) return NULL;
+  const XLA_FFI_Buffer *x = call_operand(call, 0), *w = call_operand(call, 1), *y = call_result(call, 0);
+  const int64_t *window = call_array(call, "window", NULL);
+  Convolution c = {
+      .x = x->data, .w = w->data, .result = result_of(call, 2),
+      .height = x->dims[1], .width = x->dims[2], .depth = x->dims[3],
+      .out_height = y->dims[1], .out_width = y->dims[2], .out_depth = y->dims[3],
+      .rows = w->dims[1], .columns = w->dims[2],
+      .stride = {window[0], window[1]}, .before = {window[2], window[3]}, .dilation = {window[4], window[5]},
+      .pixels = y->dims[0] * y->dims[1] * y->dims[2],
+      .panels = w->dims[0],
+  };
+  if (!c.pixels || !c.panels) return NULL;
+  bool together = c.dilation[1] == 1;
+  c.runs = together ? c.rows : c.rows * c.columns;
+  c.length = together ? c.columns * c.depth : c.depth;
+  c.plain = c.rows == 1 && c.columns == 1 && c.stride[0] == 1 && c.stride[1] == 1 && c.height == c.out_height &&
+            c.width == c.out_width;
+  c.tiles = (c.pixels + TILE_ROWS - 1) / TILE_ROWS;
+  c.parts = c.tiles >= 16 ? 1 : (16 + c.tiles - 1) / c.tiles;
+  if (c.parts > c.panels) c.parts = c.panels;
+  c.together = (c.tiles + MOST_ITEMS - 1) / MOST_ITEMS;
+  int64_t groups = (c.tiles + c.together - 1) / c.together;
+  int64_t work = c.pixels * c.out_depth * c.runs * c.length + c.panels * PANEL * c.runs * c.length * LANES / 4;
+  team_share(compute_item, &c, (int)(groups * c.parts), 1 + (int)(work / WORK_PER_THREAD));
+  return NULL;
+}
+
+int jaxinfer_panel(void) { return PANEL; }

@@ -1,0 +1,186 @@
+"""Convolutions and products with known weights, and what follows them, each one operation.
+
+Both compute min(max(conv(x, w) + bias + addend, low), high), channels last.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxinfer import _jax
+from jaxinfer._jax import ad, batching, mlir
+from jaxinfer.native.library import library
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+class Window(NamedTuple):
+    """How a two-dimensional window moves over images.
+
+    Attributes:
+        strides: from one position to the next, in pixels, along both axes.
+        padding: pixels of zeros before and after the image along both axes.
+        dilation: from one pixel of the window to the next, along both axes.
+    """
+
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    dilation: tuple[int, int] = (1, 1)
+
+
+class Tail(NamedTuple):
+    """What becomes of the sums.
+
+    Attributes:
+        bias: [features], or None for none. Of packed weights [features rounded up to whole panels].
+        addend: an array of the shape of the result, or None for none.
+        low: least value of the result; a NaN stays one.
+        high: greatest value of the result.
+    """
+
+    bias: Any = None
+    addend: Any = None
+    low: float = -math.inf
+    high: float = math.inf
+
+
+_EVERYWHERE, _AS_THEY_ARE = Window(), Tail()
+
+
+def pack(weights: Any, panel: int) -> Any:
+    """Weights[a, b, k, c] as panels[c / panel, a, b, k, panel], the last one filled up with zeros."""
+    rows, columns, depth, features = weights.shape
+    panels = -(-features // panel)
+    filled = jnp.pad(weights, ((0, 0), (0, 0), (0, 0), (0, panels * panel - features)))
+    return jnp.transpose(filled.reshape(rows, columns, depth, panels, panel), (3, 0, 1, 2, 4))
+
+
+def packed_convolution(
+    x: Any, weights: Any, features: int, window: Window = _EVERYWHERE, tail: Tail = _AS_THEY_ARE
+) -> Array:
+    """A convolution with packed weights.
+
+    Args:
+        x: [images, height, width, k].
+        weights: what :func:`pack` makes of w[a, b, k, features].
+        features: output channels.
+        window: how the window moves.
+        tail: what becomes of the sums.
+
+    Returns:
+        [images, height, width, features] of the result.
+    """
+    return _bind(packed_convolution_p, x, weights, window, tail, features=features)
+
+
+def depthwise_convolution(x: Any, weights: Any, window: Window = _EVERYWHERE, tail: Tail = _AS_THEY_ARE) -> Array:
+    """A convolution of each channel with a window of its own.
+
+    Args:
+        x: [images, height, width, c].
+        weights: [a, b, c].
+        window: how the window moves.
+        tail: what becomes of the sums.
+
+    Returns:
+        [images, height, width, c] of the result.
+    """
+    return _bind(depthwise_convolution_p, x, weights, window, tail)
+
+
+def _bind(primitive: Any, x: Any, weights: Any, window: Window, tail: Tail, **params: Any) -> Array:
+    terms = [term for term in (tail.bias, tail.addend) if term is not None]
+    has = (tail.bias is not None, tail.addend is not None)
+    return primitive.bind(x, weights, *terms, window=window, has=has, low=tail.low, high=tail.high, **params)
+
+
+# -- the same in JAX's own operations ---------------------------------------------------------------------------------
+
+
+def _plain_packed(x: Any, weights: Any, *terms: Any, window: Window, features: int, **tail: Any) -> Any:
+    panels, rows, columns, depth, panel = weights.shape
+    unpacked = jnp.transpose(weights, (1, 2, 3, 0, 4)).reshape(rows, columns, depth, panels * panel)[..., :features]
+    return _with_tail(_convolved(x, unpacked, window), terms, **tail)
+
+
+def _plain_depthwise(x: Any, weights: Any, *terms: Any, window: Window, **tail: Any) -> Any:
+    return _with_tail(_convolved(x, weights[:, :, None], window, groups=weights.shape[-1]), terms, **tail)
+
+
+def _convolved(x: Any, weights: Any, window: Window, groups: int = 1) -> Any:
+    return lax.conv_general_dilated(
+        x,
+        weights,
+        window.strides,
+        window.padding,
+        rhs_dilation=window.dilation,
+        dimension_numbers=_LAYOUT,
+        feature_group_count=groups,
+    )
+
+
+def _with_tail(sums: Any, terms: Sequence[Any], has: tuple[bool, bool], low: float, high: float) -> Any:
+    if has[0]:
+        sums = sums + terms[0][: sums.shape[-1]]
+    if has[1]:
+        sums = sums + terms[-1]
+    sums = sums if low == -math.inf else jnp.maximum(sums, low)
+    return sums if high == math.inf else jnp.minimum(sums, high)
+
+
+# -- primitives -------------------------------------------------------------------------------------------------------
+
+
+def _primitive(name: str, target: str, plain: Callable[..., Any]) -> Any:
+    """A primitive that is a kernel where XLA compiles for this machine, in float32, and ``plain`` everywhere else."""
+    primitive = _jax.Primitive(name)
+    _jax.register_operation(primitive, name)
+    lowered_plain = mlir.lower_fun(plain, multiple_results=False)
+
+    def lowered(ctx: Any, *operands: Any, window: Window, has: Any, low: float, high: float, **params: Any) -> Any:
+        if any(aval.dtype != np.float32 for aval in ctx.avals_in) or _jax.is_export(ctx) or library() is None:
+            return lowered_plain(ctx, *operands, window=window, has=has, low=low, high=high, **params)
+        numbers = [*window.strides, *(before for before, _ in window.padding), *window.dilation]
+        return jax.ffi.ffi_lowering(target)(
+            ctx,
+            *operands,
+            window=np.array(numbers, np.int64),
+            has=np.array(has, np.int64),
+            clamp=np.array([low, high], np.float32),
+        )
+
+    def abstract(*avals: Any, **params: Any) -> Any:
+        shape = jax.eval_shape(functools.partial(plain, **params), *map(_jax.to_struct, avals))
+        return jax.core.ShapedArray(shape.shape, shape.dtype)
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+        filled = tuple(map(ad.instantiate_zeros, tangents))
+        return jax.jvp(functools.partial(plain, **params), tuple(primals), filled)
+
+    def batch(operands: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[Any, int]:
+        axes = [d if _jax.is_mapped(d) else None for d in dims]
+        return jax.vmap(functools.partial(plain, **params), axes)(*operands), 0
+
+    @functools.lru_cache(maxsize=1024)
+    def compiled(params: tuple[tuple[str, Any], ...]) -> Any:
+        return jax.jit(lambda *operands: primitive.bind(*operands, **dict(params)))
+
+    primitive.def_impl(lambda *operands, **params: compiled(tuple(sorted(params.items())))(*operands))
+    primitive.def_abstract_eval(abstract)
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, lowered_plain)
+    mlir.register_lowering(primitive, lowered, platform="cpu")
+    return primitive
+
+
+packed_convolution_p = _primitive("packed_convolution", "jaxinfer_convolution", _plain_packed)
+depthwise_convolution_p = _primitive("depthwise_convolution", "jaxinfer_depthwise", _plain_depthwise)
