@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxinfer import _jax
-from jaxinfer.analysis.kernels import KERNELS
+from jaxinfer.analysis.kernels import KERNELS, kernel_flops
 from jaxinfer.graph import Graph, Node, Value
 
 # Operations that move or relabel data and compute nothing.
@@ -101,8 +101,7 @@ def flops(node: Node) -> float:
         out_features = kernel.shape[node.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * size(node.avals[0]) * size(kernel) / max(out_features, 1)
     if node.op in KERNELS:
-        weights = node.inputs[1].aval.shape
-        return 2.0 * size(node.avals[0]) * math.prod(weights[1:4] if node.op == "packed_convolution" else weights[:2])
+        return kernel_flops(node)
     if node.op in ("cholesky", "triangular_solve", "lu", "qr", "eigh", "svd", "custom_linear_solve"):
         n = node.inputs[0].shape[-1] if node.inputs[0].shape else 1
         return float(size(node.inputs[0].aval)) * (n if isinstance(n, int) else 1)

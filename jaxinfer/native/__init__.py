@@ -7,14 +7,19 @@ says itself in plain JAX as well: so it is lowered for other platforms, exported
 
 from jaxinfer.native.convolution import Tail, Window, depthwise_convolution, pack, packed_convolution
 from jaxinfer.native.library import Library, library, why_missing
+from jaxinfer.native.loop import Instruction, Place, VectorLoop, vector_loop
 
 __all__ = [
+    "Instruction",
     "Library",
+    "Place",
     "Tail",
+    "VectorLoop",
     "Window",
     "depthwise_convolution",
     "library",
     "pack",
     "packed_convolution",
+    "vector_loop",
     "why_missing",
 ]

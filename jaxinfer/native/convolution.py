@@ -16,8 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxinfer import _jax
-from jaxinfer._jax import ad, batching, mlir
-from jaxinfer.native.library import library
+from jaxinfer.native.primitive import kernel_primitive
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -63,6 +62,12 @@ def pack(weights: Any, panel: int) -> Any:
     return jnp.transpose(filled.reshape(rows, columns, depth, panels, panel), (3, 0, 1, 2, 4))
 
 
+def unpacked(panels: Any, features: int) -> Any:
+    """The inverse of :func:`pack`."""
+    count, rows, columns, depth, panel = panels.shape
+    return jnp.transpose(panels, (1, 2, 3, 0, 4)).reshape(rows, columns, depth, count * panel)[..., :features]
+
+
 def packed_convolution(
     x: Any, weights: Any, features: int, window: Window = _EVERYWHERE, tail: Tail = _AS_THEY_ARE
 ) -> Array:
@@ -106,9 +111,7 @@ def _bind(primitive: Any, x: Any, weights: Any, window: Window, tail: Tail, **pa
 
 
 def _plain_packed(x: Any, weights: Any, *terms: Any, window: Window, features: int, **tail: Any) -> Any:
-    panels, rows, columns, depth, panel = weights.shape
-    unpacked = jnp.transpose(weights, (1, 2, 3, 0, 4)).reshape(rows, columns, depth, panels * panel)[..., :features]
-    return _with_tail(_convolved(x, unpacked, window), terms, **tail)
+    return _with_tail(_convolved(x, unpacked(weights, features), window), terms, **tail)
 
 
 def _plain_depthwise(x: Any, weights: Any, *terms: Any, window: Window, **tail: Any) -> Any:
@@ -139,15 +142,10 @@ def _with_tail(sums: Any, terms: Sequence[Any], has: tuple[bool, bool], low: flo
 # -- primitives -------------------------------------------------------------------------------------------------------
 
 
-def _primitive(name: str, target: str, plain: Callable[..., Any]) -> Any:
-    """A primitive that is a kernel where XLA compiles for this machine, in float32, and ``plain`` everywhere else."""
-    primitive = _jax.Primitive(name)
-    _jax.register_operation(primitive, name)
-    lowered_plain = mlir.lower_fun(plain, multiple_results=False)
-
-    def lowered(ctx: Any, *operands: Any, window: Window, has: Any, low: float, high: float, **params: Any) -> Any:
-        if any(aval.dtype != np.float32 for aval in ctx.avals_in) or _jax.is_export(ctx) or library() is None:
-            return lowered_plain(ctx, *operands, window=window, has=has, low=low, high=high, **params)
+def _kernel(target: str) -> Callable[..., Any]:
+    def kernel(
+        ctx: Any, operands: Sequence[Any], *, window: Window, has: Any, low: float, high: float, **_: Any
+    ) -> Any:
         numbers = [*window.strides, *(before for before, _ in window.padding), *window.dilation]
         return jax.ffi.ffi_lowering(target)(
             ctx,
@@ -157,30 +155,21 @@ def _primitive(name: str, target: str, plain: Callable[..., Any]) -> Any:
             clamp=np.array([low, high], np.float32),
         )
 
+    return kernel
+
+
+def _abstract(plain: Callable[..., Any]) -> Callable[..., Any]:
     def abstract(*avals: Any, **params: Any) -> Any:
         shape = jax.eval_shape(functools.partial(plain, **params), *map(_jax.to_struct, avals))
         return jax.core.ShapedArray(shape.shape, shape.dtype)
 
-    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-        filled = tuple(map(ad.instantiate_zeros, tangents))
-        return jax.jvp(functools.partial(plain, **params), tuple(primals), filled)
-
-    def batch(operands: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[Any, int]:
-        axes = [d if _jax.is_mapped(d) else None for d in dims]
-        return jax.vmap(functools.partial(plain, **params), axes)(*operands), 0
-
-    @functools.lru_cache(maxsize=1024)
-    def compiled(params: tuple[tuple[str, Any], ...]) -> Any:
-        return jax.jit(lambda *operands: primitive.bind(*operands, **dict(params)))
-
-    primitive.def_impl(lambda *operands, **params: compiled(tuple(sorted(params.items())))(*operands))
-    primitive.def_abstract_eval(abstract)
-    ad.primitive_jvps[primitive] = jvp
-    batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, lowered_plain)
-    mlir.register_lowering(primitive, lowered, platform="cpu")
-    return primitive
+    return abstract
 
 
-packed_convolution_p = _primitive("packed_convolution", "jaxinfer_convolution", _plain_packed)
-depthwise_convolution_p = _primitive("depthwise_convolution", "jaxinfer_depthwise", _plain_depthwise)
+packed_convolution_p, depthwise_convolution_p = (
+    kernel_primitive(name, plain, _abstract(plain), _kernel(target))
+    for name, plain, target in (
+        ("packed_convolution", _plain_packed, "jaxinfer_convolution"),
+        ("depthwise_convolution", _plain_depthwise, "jaxinfer_depthwise"),
+    )
+)

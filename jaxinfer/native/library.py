@@ -22,7 +22,7 @@ from jaxinfer.cache_folder import default_folder
 FOLDER_NAME = "native"
 # Set to "off", no kernel is compiled or used.
 SWITCH = "JAXINFER_NATIVE"
-TARGETS = ("jaxinfer_convolution", "jaxinfer_depthwise")
+TARGETS = ("jaxinfer_convolution", "jaxinfer_depthwise", "jaxinfer_loop")
 
 _SOURCES = Path(__file__).parent
 _FLAGS = "-std=gnu11 -O3 -march=native -ffp-contract=fast -shared -fPIC -pthread".split()

@@ -1,0 +1,63 @@
+"""Primitives that are kernels where XLA compiles for this machine, in float32, and JAX's own operations elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfer import _jax
+from jaxinfer._jax import ad, batching, mlir
+from jaxinfer.native.library import library
+
+
+def kernel_primitive(
+    name: str,
+    plain: Callable[..., Any],
+    abstract: Callable[..., Any],
+    kernel: Callable[..., Any],
+    multiple_results: bool = False,
+) -> Any:
+    """Makes a primitive.
+
+    Args:
+        name: what rules know it by.
+        plain: ``plain(*operands, **params)`` in JAX's own operations; what is differentiated and batched, exported, and
+            computed in other dtypes.
+        abstract: ``abstract(*avals, **params)`` gives the results' types.
+        kernel: ``kernel(ctx, operands, **params)`` lowers a call to the kernel.
+        multiple_results: whether results are lists.
+    """
+    primitive = _jax.Primitive(name)
+    primitive.multiple_results = multiple_results
+    _jax.register_operation(primitive, name)
+    lowered_plain = mlir.lower_fun(plain, multiple_results=multiple_results)
+
+    def lowered(ctx: Any, *operands: Any, **params: Any) -> Any:
+        if any(aval.dtype != np.float32 for aval in ctx.avals_in) or _jax.is_export(ctx) or library() is None:
+            return lowered_plain(ctx, *operands, **params)
+        return kernel(ctx, operands, **params)
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+        filled = tuple(map(ad.instantiate_zeros, tangents))
+        return jax.jvp(functools.partial(plain, **params), tuple(primals), filled)
+
+    def batch(operands: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+        axes = [d if _jax.is_mapped(d) else None for d in dims]
+        results = jax.vmap(functools.partial(plain, **params), axes)(*operands)
+        return results, [0] * len(results) if multiple_results else 0
+
+    @functools.lru_cache(maxsize=1024)
+    def compiled(params: tuple[tuple[str, Any], ...]) -> Any:
+        return jax.jit(lambda *operands: primitive.bind(*operands, **dict(params)))
+
+    primitive.def_impl(lambda *operands, **params: compiled(tuple(sorted(params.items())))(*operands))
+    primitive.def_abstract_eval(abstract)
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, lowered_plain)
+    mlir.register_lowering(primitive, lowered, platform="cpu")
+    return primitive
