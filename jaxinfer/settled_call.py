@@ -26,6 +26,7 @@ class PlatformProgram:
         options: compiler options it is compiled with.
         form: how reports call it.
         holds_weights: whether it is compiled with its weights written in.
+        kernels: whether it calls kernels of this machine.
     """
 
     flat: Callable[..., Sequence[Any]]
@@ -33,6 +34,7 @@ class PlatformProgram:
     options: Mapping[str, str] = field(default_factory=dict)
     form: str = "as written"
     holds_weights: bool = False
+    kernels: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,16 +110,6 @@ class SettledCall:
             static=(),
         )
 
-    def _is_made_again(self) -> bool:
-        """Whether the weights are those that the original ones gave: only then can another form be made of those.
-
-        A form with kernels of this machine is then better made without. Otherwise it is written down in JAX's own
-        operations.
-        """
-        mine = self.program.weights(self.program.form)
-        own = len(mine) == len(self.weights) and all(a is b for a, b in zip(mine, self.weights))
-        return own and not self.program.released
-
     def on(self, platform: str) -> PlatformProgram:
         """What runs on a platform: here, what was settled; elsewhere, what the analytic model prefers there.
 
@@ -125,11 +117,18 @@ class SettledCall:
             RuntimeError: if that needs original weights that were let go.
         """
         program = self.program
-        form = program.form
-        if platform == platform_now() and (form is None or not uses_kernels(form.graph) or not self._is_made_again()):
+        if platform == platform_now():
+            form = program.form
             if form is None:
                 return PlatformProgram(program.flat(None), self.weights)
-            return PlatformProgram(program.flat(form), self.weights, dict(form.options), form.name, form.holds_weights)
+            return PlatformProgram(
+                program.flat(form),
+                self.weights,
+                dict(form.options),
+                form.name,
+                form.holds_weights,
+                uses_kernels(form.graph),
+            )
         if program.released:
             raise RuntimeError(
                 f"the original weights of {program.name} were let go, and the form for {platform} is made of them: "

@@ -6,10 +6,12 @@ says itself in plain JAX as well: so it is lowered for other platforms, exported
 """
 
 from jaxinfer.native.convolution import Tail, Window, depthwise_convolution, pack, packed_convolution
-from jaxinfer.native.library import Library, library, why_missing
+from jaxinfer.native.library import TARGETS, Library, library, why_missing
 from jaxinfer.native.loop import Instruction, Place, VectorLoop, vector_loop
+from jaxinfer.native.primitive import exports_with_kernels
 
 __all__ = [
+    "TARGETS",
     "Instruction",
     "Library",
     "Place",
@@ -17,6 +19,7 @@ __all__ = [
     "VectorLoop",
     "Window",
     "depthwise_convolution",
+    "exports_with_kernels",
     "library",
     "pack",
     "packed_convolution",

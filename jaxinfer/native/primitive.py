@@ -1,9 +1,14 @@
-"""Primitives that are kernels where XLA compiles for this machine, in float32, and JAX's own operations elsewhere."""
+"""Primitives that are kernels where XLA compiles for this machine, in float32, and JAX's own operations elsewhere.
+
+What is exported may run anywhere, so it is in JAX's own operations, unless :func:`exports_with_kernels` says otherwise.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +17,18 @@ import numpy as np
 from jaxinfer import _jax
 from jaxinfer._jax import ad, batching, mlir
 from jaxinfer.native.library import library
+
+_with_kernels = contextvars.ContextVar("exports with kernels", default=False)
+
+
+@contextlib.contextmanager
+def exports_with_kernels() -> Iterator[None]:
+    """What is exported inside calls kernels: it is for machines like this one, with this library."""
+    token = _with_kernels.set(True)
+    try:
+        yield
+    finally:
+        _with_kernels.reset(token)
 
 
 def kernel_primitive(
@@ -37,7 +54,8 @@ def kernel_primitive(
     lowered_plain = mlir.lower_fun(plain, multiple_results=multiple_results)
 
     def lowered(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if any(aval.dtype != np.float32 for aval in ctx.avals_in) or _jax.is_export(ctx) or library() is None:
+        elsewhere = _jax.is_export(ctx) and not _with_kernels.get()
+        if elsewhere or any(aval.dtype != np.float32 for aval in ctx.avals_in) or library() is None:
             return lowered_plain(ctx, *operands, **params)
         return kernel(ctx, operands, **params)
 

@@ -14,6 +14,7 @@ from jax import export
 
 from jaxinfer import _jax
 from jaxinfer.arguments import Options
+from jaxinfer.native import library
 from jaxinfer.pipeline import platform_now
 from jaxinfer.search.options import known
 from jaxinfer.storage.arrays import StoredArrays, needs_x64
@@ -95,7 +96,10 @@ class _Entry:
     """One kind of call on this platform."""
 
     def __init__(self, stored: _Stored, entry: Mapping[str, Any]):
-        self._stored, self._program, self._compiler = stored, entry["program"], dict(entry["options"])
+        self._stored, self._compiler = stored, dict(entry["options"])
+        # Weights are packed for the kernels of one kind of processor.
+        with_kernels = "kernel_program" in entry and (kernels := library()) and kernels.panel == entry["panel"]
+        self._program: str = entry["kernel_program" if with_kernels else "program"]
         self.form: str = entry["form"]
         self._holds_weights: bool = entry.get("holds_weights", False)
         self._arguments = shape_of(entry["arguments"])

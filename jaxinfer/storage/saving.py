@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from jaxinfer.arguments import Options
 from jaxinfer.call import PLATFORMS
 from jaxinfer.graph import emit, trace
 from jaxinfer.graph.node import INLINE_ELEMENTS
+from jaxinfer.native import TARGETS, exports_with_kernels, library
 from jaxinfer.optimized import Optimized
 from jaxinfer.pipeline import platform_now
 from jaxinfer.settled_call import PlatformProgram, SettledCall
@@ -68,8 +70,9 @@ def save(
     """Writes a program and its weights into one file, from which :func:`load` runs it without its code.
 
     What is stored of an optimized or frozen function is what was settled: the programs that its calls so far run, with
-    the same folded weights and compiler options, so that results are the same bit for bit on the same machine. The
-    file is written beside its place and moved there when it is complete.
+    the same folded weights and compiler options, so that results are the same bit for bit on the same machine. A
+    program that calls this project's kernels is stored without them too, for machines that have none. The file is
+    written beside its place and moved there when it is complete.
 
     Args:
         program: an optimized or frozen function; any other function of arrays; or ``(function, params)``, as
@@ -125,9 +128,10 @@ def save(
     entries = []
     for platform in _checked(platforms):
         for kind in kinds:
-            entry, code = _entry(_name(fun), kind, platform, arrays, paths, vjp_order)
-            entry["program"] = f"autoinfer.program.{len(programs)}"
-            programs.append(Section(entry["program"], np.frombuffer(zlib.compress(code, 9), np.uint8)))
+            entry, codes = _entry(_name(fun), kind, platform, arrays, paths, vjp_order)
+            for key, code in codes.items():
+                entry[key] = f"autoinfer.program.{len(programs)}"
+                programs.append(Section(entry[key], np.frombuffer(zlib.compress(code, 9), np.uint8)))
             entries.append(entry)
     content = {
         "name": _name(fun),
@@ -230,8 +234,8 @@ def _with_symbolic_batch(examples: Sequence[Any], kwargs: dict[str, Any], axes: 
 
 def _entry(
     name: str, kind: _Kind, platform: str, arrays: ArrayWriter, paths: Mapping[int, str], vjp_order: int
-) -> tuple[dict[str, Any], bytes]:
-    """What the manifest says of a kind of call on a platform, and the program."""
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What the manifest says of a kind of call on a platform, and the program, perhaps in two ways."""
     try:
         program = kind.on(platform)
     except RuntimeError as error:
@@ -254,15 +258,28 @@ def _entry(
     try:
         types = [_jax.to_struct(_jax.abstract(x)) for x in weights], *map(_jax.to_struct, kind.avals)
         run.__name__ = name
-        with _jax.without_source_files():
-            exported = export.export(jax.jit(run), platforms=(platform,))(*types)
-            if exported.nr_devices != 1:
-                raise StorageError(f"{name} runs on {exported.nr_devices} devices: store it for one")
-            return entry, bytes(exported.serialize(vjp_order=vjp_order))
+        codes = {"program": _exported(run, types, platform, vjp_order)}
+        kernels = library() if program.kernels else None
+        if kernels is not None:
+            entry["panel"] = kernels.panel
+            with exports_with_kernels():
+                codes["kernel_program"] = _exported(run, types, platform, vjp_order)
+        return entry, codes
     except ImportError as error:
         raise StorageError(f"programs are written with a package: pip install flatbuffers ({error})") from error
     except (NotImplementedError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{name} cannot be stored for {platform}: {error}") from error
+
+
+def _exported(run: Callable[..., Any], types: Sequence[Any], platform: str, vjp_order: int) -> bytes:
+    # A function of its own each time: JAX keeps what it has lowered.
+    run = functools.wraps(run)(functools.partial(run))
+    checks = [export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]
+    with _jax.without_source_files():
+        exported = export.export(jax.jit(run), platforms=(platform,), disabled_checks=checks)(*types)
+        if exported.nr_devices != 1:
+            raise StorageError(f"{run.__name__} runs on {exported.nr_devices} devices: store it for one")
+        return bytes(exported.serialize(vjp_order=vjp_order))
 
 
 def _lifted(program: PlatformProgram, kind: _Kind, keep_custom: bool) -> tuple[Any, list[Any], Sequence[Any]]:
