@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxinfer.analysis.cost import cost, nbytes
 from jaxinfer.graph import Graph
+from jaxinfer.native import why_missing
 from jaxinfer.pipeline import Settings, platform_now, registered_rules
 from jaxinfer.program import Program
 from jaxinfer.report.explain import (
@@ -21,6 +22,7 @@ from jaxinfer.report.explain import (
     Weights,
 )
 from jaxinfer.report.explain import Program as Figures
+from jaxinfer.rewriting import Rule
 
 
 def explain(program: Program, settings: Settings, notes: tuple[str, ...] = ()) -> Explanation:
@@ -63,10 +65,17 @@ def _rules(program: Program, settings: Settings) -> tuple[RuleCount, ...]:
             program.improved.fired.get(r.name, 0),
             program.improved.offered.get(r.name, 0),
             chosen.get(r.name, 0),
-            None if r.name in active else f"not within {settings.numerics!r}, or not for {platform}",
+            _why_not(r, r.name in active, settings, platform),
         )
         for r in every
     )
+
+
+def _why_not(rule: Rule, active: bool, settings: Settings, platform: str) -> str | None:
+    """Why a rule was not even tried, if so."""
+    if not active:
+        return f"not within {settings.numerics!r}, or not for {platform}"
+    return why_missing() or None if rule.native else None
 
 
 def _choices(program: Program) -> tuple[Choice, ...]:
