@@ -11,6 +11,7 @@
 
 #include "call.h"
 #include "result.h"
+#include "row.h"
 #include "team.h"
 #include "vector.h"
 
@@ -82,27 +83,14 @@ static void compute(const Convolution *c, int rows, const float *const *x, int64
   }
 }
 
-// A single row reads each weight once, so what counts is how fast they come: sums of four rows of weights at a time.
+// The panel of a single row.
 static void compute_row(const Convolution *c, const float *x, int64_t panel) {
-  const float *w = c->w + panel * c->length * PANEL;
-  Vector a[4] = {}, b[4] = {};
-  int64_t k = 0;
-  for (; k + 3 < c->length; k += 4, w += 4 * PANEL) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      a[i] += *(const Vector *)(w + i * PANEL) * x[k + i];
-      b[i] += *(const Vector *)(w + i * PANEL + LANES) * x[k + i];
-    }
-  }
-  for (; k < c->length; k++, w += PANEL) {
-    a[0] += *(const Vector *)w * x[k];
-    b[0] += *(const Vector *)(w + LANES) * x[k];
-  }
-  Vector sums[2] = {(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3])};
+  Vector sums[2];
+  row_times_panel(x, c->length, c->w + panel * c->length * PANEL, sums);
   int64_t place = panel * PANEL;
-  for (int v = 0; v < 2 && place + v * LANES < c->out_depth; v++) {
-    if (c->result.bias) sums[v] += *(const Vector *)(c->result.bias + place + v * LANES);
-    result_store(&c->result, place + v * LANES, c->out_depth - place - v * LANES, sums[v]);
+  for (int v = 0; v < 2 && place < c->out_depth; v++, place += LANES) {
+    if (c->result.bias) sums[v] += *(const Vector *)(c->result.bias + place);
+    result_store(&c->result, place, c->out_depth - place, sums[v]);
   }
 }
 
@@ -155,7 +143,8 @@ static void *scratch(size_t bytes) {
   if (bytes > size) {
     free(held);
     held = malloc(bytes);
-    size = held ? bytes : 0;
+    if (!held) abort();
+    size = bytes;
   }
   return held;
 }

@@ -84,7 +84,8 @@ INLINE void compute_pixel(const Depthwise *c, const Line *line, int64_t j, int64
 
 // The pixels from column j on that can be computed together; returns the column after the last of them.
 INLINE int64_t compute_together(const Depthwise *c, const Line *line, const int columns, const int stride, int64_t j) {
-  for (; j + TOGETHER <= c->inner_to; j += TOGETHER) FOR_CHANNELS(channel) compute_inner(c, line, columns, stride, j, channel);
+  for (; j + TOGETHER <= c->inner_to; j += TOGETHER)
+    FOR_CHANNELS(channel) compute_inner(c, line, columns, stride, j, channel);
   return j;
 }
 

@@ -8,6 +8,7 @@
 
 #include "call.h"
 #include "result.h"
+#include "row.h"
 #include "team.h"
 #include "vector.h"
 #include "vector_math.h"
@@ -38,21 +39,8 @@ typedef struct {
 
 static void compute_panel(const void *data, int item) {
   const Product *p = data;
-  const float *x = p->x, *w = p->w + item * p->depth * PANEL;
-  Vector a[4] = {}, b[4] = {};
-  int64_t k = 0;
-  for (; k + 3 < p->depth; k += 4, w += 4 * PANEL) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      a[i] += *(const Vector *)(w + i * PANEL) * x[k + i];
-      b[i] += *(const Vector *)(w + i * PANEL + LANES) * x[k + i];
-    }
-  }
-  for (; k < p->depth; k++, w += PANEL) {
-    a[0] += *(const Vector *)w * x[k];
-    b[0] += *(const Vector *)(w + LANES) * x[k];
-  }
-  Vector sums[2] = {(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3])};
+  Vector sums[2];
+  row_times_panel(p->x, p->depth, p->w + item * p->depth * PANEL, sums);
   for (int64_t v = 0, place = item * PANEL; v < 2 && place < p->size; v++, place += LANES) {
     if (p->size - place >= LANES) *(Vector *)(p->y + place) = sums[v];
     else store_some(p->y + place, p->size - place, sums[v]);
@@ -113,7 +101,8 @@ XLA_FFI_Error *jaxinfer_loop(XLA_FFI_CallFrame *call) {
   const int64_t *parts = call_array(call, "parts", NULL), *advance = call_array(call, "advance", NULL);
   int64_t steps = parts[3], spaces = 1 + call->args.size + call->rets.size;
   float *at[MOST_SPACES];
-  at[0] = aligned_alloc(64, (parts[5] * sizeof(float) + 63) / 64 * 64 + 64);
+  at[0] = aligned_alloc(64, parts[5] * sizeof(float) / 64 * 64 + 64);
+  if (!at[0]) abort();
   for (int64_t i = 0; i < call->args.size; i++) at[1 + i] = call_operand(call, (int)i)->data;
   for (int64_t i = 0; i < call->rets.size; i++) at[1 + call->args.size + i] = call_result(call, (int)i)->data;
   if (parts[4])

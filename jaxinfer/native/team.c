@@ -4,6 +4,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -133,11 +134,17 @@ int team_resize(int threads) {
     sched_getaffinity(0, sizeof allowed, &allowed);
   }
   threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+  // Signals are for the threads of whoever loaded this.
+  sigset_t every, before;
+  sigfillset(&every);
+  pthread_sigmask(SIG_SETMASK, &every, &before);
   for (; started < threads; started++) {
     helpers[started].core = -1;
     if (pthread_create(&helpers[started].thread, NULL, help, (void *)(intptr_t)started)) break;
+    pthread_setname_np(helpers[started].thread, "jaxinfer");
     pthread_detach(helpers[started].thread);
   }
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
   int size = threads < 1 ? 1 : threads < started ? threads : started;
   members = size;
   pthread_mutex_unlock(&in_use);
