@@ -10,7 +10,7 @@ import contextlib
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -187,6 +187,15 @@ def nested_constants(closed: ClosedJaxpr) -> Iterator[Any]:
         for inner in _nested_jaxprs(eqn.params):
             yield from open_jaxpr(inner)[1]
             yield from nested_constants(inner)
+
+
+def uses_operations(closed: ClosedJaxpr, names: Collection[str]) -> bool:
+    """Whether a program, or a call in it, has one of some operations."""
+    jaxpr, _ = open_jaxpr(closed)
+    return any(
+        operation(eqn.primitive) in names or any(uses_operations(j, names) for j in _nested_jaxprs(eqn.params))
+        for eqn in jaxpr.eqns
+    )
 
 
 def has_custom_derivatives(closed: ClosedJaxpr) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from jaxinfer import _jax
-from jaxinfer.analysis.kernels import uses_kernels
 from jaxinfer.arguments import Options
 from jaxinfer.graph import emit
 from jaxinfer.pipeline import Settings, improve_or_keep, platform_now
@@ -26,7 +25,6 @@ class PlatformProgram:
         options: compiler options it is compiled with.
         form: how reports call it.
         holds_weights: whether it is compiled with its weights written in.
-        kernels: whether it calls kernels of this machine.
     """
 
     flat: Callable[..., Sequence[Any]]
@@ -34,7 +32,6 @@ class PlatformProgram:
     options: Mapping[str, str] = field(default_factory=dict)
     form: str = "as written"
     holds_weights: bool = False
-    kernels: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +118,7 @@ class SettledCall:
             form = program.form
             if form is None:
                 return PlatformProgram(program.flat(None), self.weights)
-            return PlatformProgram(
-                program.flat(form),
-                self.weights,
-                dict(form.options),
-                form.name,
-                form.holds_weights,
-                uses_kernels(form.graph),
-            )
+            return PlatformProgram(program.flat(form), self.weights, dict(form.options), form.name, form.holds_weights)
         if program.released:
             raise RuntimeError(
                 f"the original weights of {program.name} were let go, and the form for {platform} is made of them: "

@@ -8,7 +8,7 @@ says itself in plain JAX as well: so it is lowered for other platforms, exported
 from jaxinfer.native.convolution import Tail, Window, depthwise_convolution, pack, packed_convolution
 from jaxinfer.native.library import TARGETS, Library, library, why_missing
 from jaxinfer.native.loop import Instruction, Place, VectorLoop, vector_loop
-from jaxinfer.native.primitive import exports_with_kernels
+from jaxinfer.native.primitive import exports_with_kernels, is_portable
 
 __all__ = [
     "TARGETS",
@@ -20,6 +20,7 @@ __all__ = [
     "Window",
     "depthwise_convolution",
     "exports_with_kernels",
+    "is_portable",
     "library",
     "pack",
     "packed_convolution",

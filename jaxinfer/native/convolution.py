@@ -102,6 +102,8 @@ def depthwise_convolution(x: Any, weights: Any, window: Window = _EVERYWHERE, ta
 
 
 def _bind(primitive: Any, x: Any, weights: Any, window: Window, tail: Tail, **params: Any) -> Array:
+    if any(pixels < 0 for both in window.padding for pixels in both):
+        raise ValueError(f"padding={window.padding}: kernels take no negative padding; cut the images before")
     terms = [term for term in (tail.bias, tail.addend) if term is not None]
     has = (tail.bias is not None, tail.addend is not None)
     return primitive.bind(x, weights, *terms, window=window, has=has, low=tail.low, high=tail.high, **params)

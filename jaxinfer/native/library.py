@@ -38,10 +38,12 @@ class Library:
     Attributes:
         panel: how many output channels a panel of packed weights has.
         digest: changes with the kernels, the compiler and the processor; timings depend on it.
+        kind: the same for libraries that take the same calls: changes with the sources and the panels.
     """
 
     panel: int
     digest: str
+    kind: str = ""
 
 
 class _Missing(Exception):
@@ -81,14 +83,16 @@ def _load() -> Library:
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, target)), platform="cpu")
     loaded.team_resize(_threads())
-    return Library(panel=loaded.jaxinfer_panel(), digest=digest)
+    panel = loaded.jaxinfer_panel()
+    sources = hashlib.blake2b(b"".join(path.read_bytes() for path in _sources()), digest_size=12)
+    return Library(panel, digest, kind=f"{sources.hexdigest()}-{panel}")
 
 
 def _compiler() -> list[str]:
     """The command of a C compiler."""
     for name in (*filter(None, [os.environ.get("CC")]), *_COMPILERS):
         command = name.split()
-        if shutil.which(command[0]):
+        if command and shutil.which(command[0]):
             return command
     raise _Missing(f"no C compiler: install gcc or clang, or name one in CC (looked for {', '.join(_COMPILERS)})")
 

@@ -31,6 +31,11 @@ def exports_with_kernels() -> Iterator[None]:
         _with_kernels.reset(token)
 
 
+def is_portable(ctx: Any) -> bool:
+    """Whether what is lowered here must do without kernels, since it may run anywhere."""
+    return library() is None or (_jax.is_export(ctx) and not _with_kernels.get())
+
+
 def kernel_primitive(
     name: str,
     plain: Callable[..., Any],
@@ -54,8 +59,7 @@ def kernel_primitive(
     lowered_plain = mlir.lower_fun(plain, multiple_results=multiple_results)
 
     def lowered(ctx: Any, *operands: Any, **params: Any) -> Any:
-        elsewhere = _jax.is_export(ctx) and not _with_kernels.get()
-        if elsewhere or any(aval.dtype != np.float32 for aval in ctx.avals_in) or library() is None:
+        if is_portable(ctx) or any(a.dtype != np.float32 or 0 in a.shape for a in (*ctx.avals_in, *ctx.avals_out)):
             return lowered_plain(ctx, *operands, **params)
         return kernel(ctx, operands, **params)
 
@@ -72,7 +76,12 @@ def kernel_primitive(
     def compiled(params: tuple[tuple[str, Any], ...]) -> Any:
         return jax.jit(lambda *operands: primitive.bind(*operands, **dict(params)))
 
-    primitive.def_impl(lambda *operands, **params: compiled(tuple(sorted(params.items())))(*operands))
+    def run(*operands: Any, **params: Any) -> Any:
+        if _jax.jit_disabled():
+            return plain(*operands, **params)
+        return compiled(tuple(sorted(params.items())))(*operands)
+
+    primitive.def_impl(run)
     primitive.def_abstract_eval(abstract)
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch

@@ -123,6 +123,7 @@ static void leave_core(Helper *helper, int core) {
 // A forked process has none of its parent's threads.
 static void after_fork(void) {
   members = started = 1;
+  atomic_fetch_add(&piece, 1);  // what its parent was at is none of its business
   pthread_mutex_init(&in_use, NULL);
 }
 

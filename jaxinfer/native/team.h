@@ -8,7 +8,7 @@
 
 typedef void Work(const void *data, int item);
 
-// Runs work(data, 0), …, work(data, items - 1) on up to `threads` threads, and returns when all have ended.
+// Runs work(data, 0), …, work(data, items - 1) on about `threads` threads, and returns when all have ended.
 //
 // The caller starts with the first items, helper k with its own share, in each call the same one: what a share reads
 // stays in the cache of one core from call to call. Whoever is done takes items from the end of another's share, so a

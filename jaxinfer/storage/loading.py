@@ -19,6 +19,7 @@ from jaxinfer.pipeline import platform_now
 from jaxinfer.search.options import known
 from jaxinfer.storage.arrays import StoredArrays, needs_x64
 from jaxinfer.storage.container import Container, StorageError
+from jaxinfer.storage.stored_call import stored_call
 from jaxinfer.storage.structure import describe, describe_static, describe_type, rebuild, rebuild_static, shape_of
 
 
@@ -96,10 +97,10 @@ class _Entry:
     """One kind of call on this platform."""
 
     def __init__(self, stored: _Stored, entry: Mapping[str, Any]):
-        self._stored, self._compiler = stored, dict(entry["options"])
-        # Weights are packed for the kernels of one kind of processor.
-        with_kernels = "kernel_program" in entry and (kernels := library()) and kernels.panel == entry["panel"]
-        self._program: str = entry["kernel_program" if with_kernels else "program"]
+        self._stored, self._program, self._compiler = stored, entry["program"], dict(entry["options"])
+        kernels = library() if "kernel_program" in entry else None
+        same = kernels is not None and kernels.kind == entry["kernels"]
+        self._kernel_program: str | None = entry["kernel_program"] if same else None
         self.form: str = entry["form"]
         self._holds_weights: bool = entry.get("holds_weights", False)
         self._arguments = shape_of(entry["arguments"])
@@ -140,22 +141,32 @@ class _Entry:
     @functools.cached_property
     def _run(self) -> Callable[..., Any]:
         """The program as ``run(weights, *args, **kwargs)``."""
-        exported = self.exported
+        call = self._call
 
         def run(weights: list[Any], *args: Any, **kwargs: Any) -> Any:
             if self._stored.entry(args, kwargs) is not self:
                 raise _OtherCall
             (data, named), _ = self._options.split(args, kwargs)
-            results = exported.call(weights, *jax.tree.leaves((data, named)))
+            results = call(weights, *jax.tree.leaves((data, named)))
             return rebuild(self._results, iter([_typed(x, *t) for x, t in zip(results, self._result_types)]))
 
         run.__name__ = run.__qualname__ = self._stored.name
         return run
 
     @functools.cached_property
+    def _call(self) -> Callable[..., Any]:
+        if self._kernel_program is None:
+            return self.exported.call
+        call = stored_call(self._read(self._kernel_program), self.exported)
+        return lambda *args: call(*jax.tree.leaves(args))
+
+    @functools.cached_property
     def exported(self) -> export.Exported:
-        """The program as JAX reads it."""
-        code = self._stored.container.read(self._program).tobytes()
+        """The program as JAX reads it, without this project's kernels."""
+        return self._read(self._program)
+
+    def _read(self, name: str) -> export.Exported:
+        code = self._stored.container.read(name).tobytes()
         try:
             return export.deserialize(bytearray(zlib.decompress(code)))
         except ImportError as error:

@@ -18,6 +18,7 @@ from jax import export
 from jax.tree_util import SequenceKey
 
 from jaxinfer import _jax
+from jaxinfer.analysis.kernels import KERNELS
 from jaxinfer.arguments import Options
 from jaxinfer.call import PLATFORMS
 from jaxinfer.graph import emit, trace
@@ -28,6 +29,7 @@ from jaxinfer.pipeline import platform_now
 from jaxinfer.settled_call import PlatformProgram, SettledCall
 from jaxinfer.storage.arrays import ArrayWriter
 from jaxinfer.storage.container import Section, StorageError, write
+from jaxinfer.storage.stored_call import STORED_CALL
 from jaxinfer.storage.structure import describe, describe_static
 
 BATCH = "batch"
@@ -240,7 +242,7 @@ def _entry(
         program = kind.on(platform)
     except RuntimeError as error:
         raise StorageError(f"{name} cannot be stored for {platform}: {error}") from error
-    run, weights, results = _lifted(program, kind, keep_custom=vjp_order > 0)
+    run, weights, results, calls_kernels = _lifted(program, kind, keep_custom=vjp_order > 0)
     by_number, by_name = kind.static or ((), ())
     entry = {
         "platform": platform,
@@ -259,9 +261,9 @@ def _entry(
         types = [_jax.to_struct(_jax.abstract(x)) for x in weights], *map(_jax.to_struct, kind.avals)
         run.__name__ = name
         codes = {"program": _exported(run, types, platform, vjp_order)}
-        kernels = library() if program.kernels else None
+        kernels = library() if calls_kernels else None
         if kernels is not None:
-            entry["panel"] = kernels.panel
+            entry["kernels"] = kernels.kind
             with exports_with_kernels():
                 codes["kernel_program"] = _exported(run, types, platform, vjp_order)
         return entry, codes
@@ -282,19 +284,24 @@ def _exported(run: Callable[..., Any], types: Sequence[Any], platform: str, vjp_
         return bytes(exported.serialize(vjp_order=vjp_order))
 
 
-def _lifted(program: PlatformProgram, kind: _Kind, keep_custom: bool) -> tuple[Any, list[Any], Sequence[Any]]:
-    """A program as ``run(weights, *operands)``, its large constants among the weights, and the types of its results."""
+def _lifted(program: PlatformProgram, kind: _Kind, keep_custom: bool) -> tuple[Any, list[Any], Sequence[Any], bool]:
+    """A program as ``run(weights, *operands)``, its large constants among the weights.
+
+    Returns:
+        That, the weights, the types of its results, and whether it calls kernels of this machine.
+    """
     given = [*program.weights, *kind.bound]
     count = len(program.weights)
     jaxpr = _jax.make_jaxpr(
         lambda *values: program.flat(list(values[:count]), *values[count:]), [*map(_jax.abstract, given), *kind.avals]
     )
     results = [v.aval for v in _jax.open_jaxpr(jaxpr)[0].outvars]
+    kernels = _jax.uses_operations(jaxpr, KERNELS | {STORED_CALL})
     if any(map(_is_large, _jax.nested_constants(jaxpr))):
         # As a graph: that has calls inlined, and constants in one place.
         graph = trace(jaxpr, keep_custom=keep_custom)
         emitted, hidden = emit(graph), [w.value for w in graph.weights]
-        return _after(given, emitted), [*given, *hidden], results
+        return _after(given, emitted), [*given, *hidden], results, kernels
     plain, consts = _jax.without_constvars(jaxpr)
     large = [i for i, c in enumerate(consts) if _is_large(c)]
     body = _jax.jaxpr_as_fun(_jax.close_jaxpr(plain))
@@ -305,7 +312,7 @@ def _lifted(program: PlatformProgram, kind: _Kind, keep_custom: bool) -> tuple[A
             every[i] = value
         return body(*every, *operands)
 
-    return _after(given, filled), [*given, *(consts[i] for i in large)], results
+    return _after(given, filled), [*given, *(consts[i] for i in large)], results, kernels
 
 
 def _after(given: Sequence[Any], fun: Callable[..., Any]) -> Callable[..., Any]:
