@@ -16,7 +16,7 @@
 #include "vector.h"
 
 // Tiles are handed out one by one, or several together where there are more than so many.
-#define MOST_ITEMS 4096
+#define MOST_ITEMS 512
 // Multiplications that are worth another thread: it is told of them in the time that a core takes for so many.
 #define WORK_PER_THREAD 50000
 
@@ -37,43 +37,48 @@ typedef struct {
 } Convolution;
 
 // One tile of the result: sums over `runs` runs of `length` numbers; run r of row m starts at x[r · TILE_ROWS + m].
-INLINE void compute_tile(const Convolution *c, const int rows, const int vectors, const float *const *x, int64_t first,
+// Sums are `halves` half vectors wide.
+INLINE void compute_tile(const Convolution *c, const int rows, const int halves, const float *const *x, int64_t first,
                          int64_t panel) {
-  Vector sums[TILE_ROWS][2];
+  Vector sums[TILE_ROWS], more[TILE_ROWS];
+  HalfVector half[TILE_ROWS];
+  const float *bias = c->result.bias ? c->result.bias + panel * PANEL : NULL;
 #pragma GCC unroll 16
   for (int m = 0; m < rows; m++) {
-    for (int v = 0; v < vectors; v++) {
-      sums[m][v] = (Vector){};
-      if (c->result.bias) sums[m][v] = *(const Vector *)(c->result.bias + panel * PANEL + v * LANES);
-    }
+    sums[m] = bias ? *(const Vector *)bias : (Vector){};
+    if (halves == 4) more[m] = bias ? *(const Vector *)(bias + LANES) : (Vector){};
+    if (halves == 3) half[m] = bias ? *(const HalfVector *)(bias + LANES) : (HalfVector){};
   }
   const float *w = c->w + panel * c->runs * c->length * PANEL;
   for (int64_t r = 0; r < c->runs; r++, x += TILE_ROWS) {
     for (int64_t k = 0; k < c->length; k++, w += PANEL) {
-      Vector w0 = *(const Vector *)w, w1 = w0;
-      if (vectors > 1) w1 = *(const Vector *)(w + LANES);
 #pragma GCC unroll 16
       for (int m = 0; m < rows; m++) {
         float value = x[m][k];
-        sums[m][0] += w0 * value;
-        if (vectors > 1) sums[m][1] += w1 * value;
+        sums[m] += *(const Vector *)w * value;
+        if (halves == 4) more[m] += *(const Vector *)(w + LANES) * value;
+        if (halves == 3) half[m] += *(const HalfVector *)(w + LANES) * value;
       }
     }
   }
-  int64_t place = first * c->out_depth + panel * PANEL, columns = c->out_depth - panel * PANEL;
+  int64_t columns = c->out_depth - panel * PANEL;
 #pragma GCC unroll 16
-  for (int m = 0; m < rows; m++)
-    for (int v = 0; v < vectors; v++)
-      result_store(&c->result, place + m * c->out_depth + v * LANES, columns - v * LANES, sums[m][v]);
+  for (int m = 0; m < rows; m++) {
+    int64_t place = (first + m) * c->out_depth + panel * PANEL;
+    result_store(&c->result, place, columns, sums[m]);
+    if (halves == 4) result_store(&c->result, place + LANES, columns - LANES, more[m]);
+    if (halves == 3) result_store(&c->result, place + LANES, columns - LANES, vector_widened(half[m]));
+  }
 }
 
 static void compute(const Convolution *c, int rows, const float *const *x, int64_t first, int64_t panel) {
-  bool narrow = c->out_depth - panel * PANEL <= LANES;
+  int64_t columns = c->out_depth - panel * PANEL;
   switch (rows) {
-#define CASE(n)                                           \
-  case n:                                                 \
-    if (narrow) compute_tile(c, (n), 1, x, first, panel); \
-    else compute_tile(c, (n), 2, x, first, panel);        \
+#define CASE(n)                                                                                    \
+  case n:                                                                                          \
+    if (columns <= LANES) compute_tile(c, (n), 2, x, first, panel);                                \
+    else if (HALVES_PAY && columns <= LANES + LANES / 2) compute_tile(c, (n), 3, x, first, panel); \
+    else compute_tile(c, (n), 4, x, first, panel);                                                 \
     break;
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if TILE_ROWS > 6
@@ -94,11 +99,11 @@ static void compute_row(const Convolution *c, const float *x, int64_t panel) {
   }
 }
 
-// Where a run starts that reaches over the left or right edge of an image: in `copy`, made here, with zeros around.
-static const float *edge_run(const Convolution *c, const float *start, int64_t column, float *copy) {
-  int64_t run_columns = c->length / c->depth;
+// Where a run starts that reaches over an edge of an image: in `zeros` where all of it does, else in `copy`, made here.
+static const float *edge_run(const Convolution *c, const float *start, int64_t column, float *copy, const float *zeros) {
+  int64_t run_columns = c->length / c->depth, over = column + run_columns - c->width;
+  if (column + run_columns <= 0 || column >= c->width) return zeros;
   int64_t left = column < 0 ? -column * c->depth : 0;
-  int64_t over = column + run_columns - c->width;
   int64_t end = c->length - (over > 0 ? over * c->depth : 0);
   for (int64_t k = 0; k < left; k++) copy[k] = 0;
   for (int64_t k = left; k < end; k++) copy[k] = start[k];
@@ -106,30 +111,46 @@ static const float *edge_run(const Convolution *c, const float *start, int64_t c
   return copy;
 }
 
-// Where each run of each pixel of a tile starts: in x, in `zeros` where it is all padding, or in its place of `edges`.
-static void find_runs(const Convolution *c, int64_t first, int rows, const float **x, float *edges, const float *zeros) {
-  if (c->runs == 1 && c->plain) {
-    for (int m = 0; m < rows; m++) x[m] = c->x + (first + m) * c->depth;
+// Where one run starts of `count` pixels of one row of the result, the first one's at `start` in column `column`.
+static void find_row(const Convolution *c, const float *start, int64_t column, int64_t count, const float **x,
+                     float *edges, const float *zeros) {
+  int64_t step = c->stride[1], last = c->width - c->length / c->depth, from = 0, to = count;
+  if (column < 0) from = (-column + step - 1) / step;
+  if (column + (count - 1) * step > last) to = last < column ? 0 : (last - column) / step + 1;
+  if (from > count) from = count;
+  if (to < from) to = from;
+  for (int64_t q = from; q < to; q++) x[q] = start + q * step * c->depth;
+  for (int64_t q = 0; q < count; q++) {
+    if (q == from) q = to;
+    if (q < count) x[q] = edge_run(c, start + q * step * c->depth, column + q * step, edges + q * c->length, zeros);
+  }
+}
+
+// Where each run of each pixel of a tile starts: in the images, in `zeros`, or in its place of `edges`.
+static void find_runs(const Convolution *c, int64_t first, int64_t rows, const float **x, float *edges,
+                      const float *zeros) {
+  if (c->plain) {
+    for (int64_t m = 0; m < rows; m++) x[m] = c->x + (first + m) * c->depth;
     return;
   }
   int64_t run_columns = c->length / c->depth;
   int64_t j = first % c->out_width, i = first / c->out_width % c->out_height;
   const float *image = c->x + first / (c->out_width * c->out_height) * c->height * c->width * c->depth;
-  for (int m = 0; m < rows; m++) {
-    int64_t a = 0, b = 0;
+  for (int64_t m = 0; m < rows;) {
+    int64_t count = rows - m < c->out_width - j ? rows - m : c->out_width - j, a = 0, b = 0;
     for (int64_t r = 0; r < c->runs; r++) {
       int64_t row = i * c->stride[0] + a * c->dilation[0] - c->before[0];
-      int64_t column = j * c->stride[1] + b * c->dilation[1] - c->before[1];
-      const float *start = image + (row * c->width + column) * c->depth;
-      if (row < 0 || row >= c->height || column + run_columns <= 0 || column >= c->width) {
-        start = zeros;
-      } else if (column < 0 || column + run_columns > c->width) {
-        start = edge_run(c, start, column, edges + (r * TILE_ROWS + m) * c->length);
+      int64_t column = j * c->stride[1] + b * c->dilation[1] - c->before[1], place = r * TILE_ROWS + m;
+      if (row >= 0 && row < c->height) {
+        const float *start = image + (row * c->width + column) * c->depth;
+        find_row(c, start, column, count, x + place, edges + place * c->length, zeros);
+      } else {
+        for (int64_t q = 0; q < count; q++) x[place + q] = zeros;
       }
-      x[r * TILE_ROWS + m] = start;
       if ((b += run_columns) >= c->columns) b = 0, a++;
     }
-    if (++j == c->out_width) {
+    m += count;
+    if ((j += count) == c->out_width) {
       j = 0;
       if (++i == c->out_height) i = 0, image += c->height * c->width * c->depth;
     }
@@ -155,7 +176,7 @@ static void compute_panels(const Convolution *c, int64_t tile, int64_t from, int
   const float **x = scratch(pointers * sizeof *x + (pointers + 1) * c->length * sizeof(float));
   float *zeros = (float *)(x + pointers);
   if (!c->plain) memset(zeros, 0, c->length * sizeof(float));
-  find_runs(c, first, (int)rows, x, zeros + c->length, zeros);
+  find_runs(c, first, rows, x, zeros + c->length, zeros);
   for (int64_t panel = from; panel < to; panel++) {
     if (c->pixels == 1 && c->runs == 1) compute_row(c, x[0], panel);
     else compute(c, (int)rows, x, first, panel);

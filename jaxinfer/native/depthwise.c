@@ -10,7 +10,7 @@
 // Pixels of a row of the result that are computed together, so that what they read is read once for all of them.
 #define TOGETHER 4
 // Rows of the result are handed out one by one, or several together where there are more than so many.
-#define MOST_ITEMS 4096
+#define MOST_ITEMS 512
 // Multiplications that are worth another thread.
 #define WORK_PER_THREAD 20000
 // Of windows whose pixels are computed together.

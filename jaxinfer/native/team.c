@@ -70,20 +70,15 @@ static int take(int member, bool first, uint32_t number) {
 }
 
 // Works on a member's own share and then on what others have left. An item that was taken keeps the piece of work from
-// ending, so what it is made of can be read.
+// ending until it is counted, so what it is made of can be read.
 static void take_part(int self, uint32_t number) {
-  int item;
-  while ((item = take(self, true, number)) >= 0) {
-    work(work_data, item);
-    atomic_fetch_add(&finished, 1);
-  }
+  int item, count = 0;
+  for (; (item = take(self, true, number)) >= 0; count++) work(work_data, item);
   int size = sharers;
   for (int k = 1; k <= size; k++) {
-    while ((item = take((self + k) % size, false, number)) >= 0) {
-      work(work_data, item);
-      atomic_fetch_add(&finished, 1);
-    }
+    for (; (item = take((self + k) % size, false, number)) >= 0; count++) work(work_data, item);
   }
+  if (count) atomic_fetch_add(&finished, count);
 }
 
 static uint32_t await_work(Helper *self, uint32_t seen) {
@@ -117,7 +112,12 @@ static void *help(void *argument) {
 static void leave_core(Helper *helper, int core) {
   cpu_set_t others = allowed;
   CPU_CLR(core, &others);
-  if (CPU_COUNT(&others)) pthread_setaffinity_np(helper->thread, sizeof others, &others);
+  int count = CPU_COUNT(&others), next = -1;  // where it will be, if that is known before it gets to say so
+  if (!count) return;
+  if (count == 1)
+    for (next = 0; !CPU_ISSET(next, &others);) next++;
+  atomic_store_explicit(&helper->core, next, memory_order_relaxed);
+  pthread_setaffinity_np(helper->thread, sizeof others, &others);
 }
 
 // A forked process has none of its parent's threads.
@@ -173,10 +173,7 @@ void team_share(Work *todo, const void *data, int items, int threads) {
   int core = sched_getcpu();
   for (int m = 1; m < threads; m++) {
     sleeping |= atomic_load(&helpers[m].asleep);
-    if (atomic_load_explicit(&helpers[m].core, memory_order_relaxed) == core) {
-      leave_core(&helpers[m], core);
-      atomic_store_explicit(&helpers[m].core, -1, memory_order_relaxed);
-    }
+    if (atomic_load_explicit(&helpers[m].core, memory_order_relaxed) == core) leave_core(&helpers[m], core);
   }
   if (sleeping) syscall(SYS_futex, &piece, FUTEX_WAKE_PRIVATE, threads - 1, NULL, NULL, 0);
   take_part(0, number);
