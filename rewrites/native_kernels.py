@@ -38,6 +38,7 @@ class _Tail:
         addend: a term of the shape of the result.
         low: least value of the result.
         high: greatest value of the result.
+        pool: sizes of pools, of each of which the largest value is kept.
     """
 
     root: Value
@@ -45,6 +46,7 @@ class _Tail:
     addend: Value | None = None
     low: float = -math.inf
     high: float = math.inf
+    pool: tuple[int, int] = (1, 1)
 
 
 def _tail(graph: Graph, value: Value) -> _Tail:
@@ -121,6 +123,22 @@ def _number(graph: Graph, value: Value) -> float | None:
     return None if number is None or math.isnan(float(number)) else float(number)
 
 
+def _pooled(graph: Graph, tail: _Tail) -> _Tail | None:
+    """With the maximum over windows side by side that follows."""
+    uses = graph.uses.get(tail.root, ())
+    user = uses[0][0] if len(uses) == 1 else None
+    if user is None or user.op != "reduce_window_max" or tail.addend is not None or len(tail.root.shape) != 2 + _AXES:
+        return None
+    p = user.params
+    batch, *pool, channels = p["window_dimensions"]
+    apart = any(d != 1 for d in (*p["window_dilation"], *p["base_dilation"]))
+    if apart or any(map(any, p["padding"])) or tuple(p["window_strides"]) != tuple(p["window_dimensions"]):
+        return None
+    if batch != 1 or channels != 1 or not 1 < math.prod(pool) <= again(library()).tile_rows:
+        return None
+    return replace(tail, root=Value(user, 0), pool=tuple(pool))
+
+
 # -- where the rules apply --------------------------------------------------------------------------------------------
 
 
@@ -134,12 +152,17 @@ def _product(graph: Graph, node: Node) -> tuple[Linear, _Tail] | None:
     return product, _tail(graph, Value(node, 0)) if _has_features_last(product) else _Tail(Value(node, 0))
 
 
-def _find(depthwise: bool = False) -> Callable[[Graph, Node], Match | None]:
+def _find(depthwise: bool = False, pooled: bool = False) -> Callable[[Graph, Node], Match | None]:
     def find(graph: Graph, node: Node) -> Match | None:
         found = _product(graph, node) if library() is not None else None
         if found is None or (found[0].groups > 1) != depthwise or _multiplications(found[0]) < _LEAST_MULTIPLICATIONS:
             return None
         product, tail = found
+        if pooled:
+            longer = _pooled(graph, tail) if _has_features_last(product) else None
+            if longer is None:
+                return None
+            tail = longer
         values = {"x": product.input, "w": product.weights}
         if tail.bias is not None:
             values["bias"] = _layout(tail.bias, len(tail.root.shape)).source
@@ -195,6 +218,8 @@ def _is_unbatched(product: Linear) -> bool:
 
 def _packed(m: Match, x: Any, w: Any, bias: Any = None, addend: Any = None) -> Any:
     product, tail = again(_product(m.graph, m.nodes["product"]))
+    if m.roots[0] != tail.root:
+        tail = again(_pooled(m.graph, tail))
     if bias is not None:
         bias = _layout(again(tail.bias), len(tail.root.shape)).spread(bias)
     form = _convolution if product.node.op == "conv_general_dilated" else _dot
@@ -204,7 +229,7 @@ def _packed(m: Match, x: Any, w: Any, bias: Any = None, addend: Any = None) -> A
 def _kernel_tail(tail: _Tail, features: int, bias: Any, addend: Any, panel: int = 1) -> native.Tail:
     if bias is not None:
         bias = jnp.pad(jnp.broadcast_to(bias.reshape(-1), (features,)), (0, -features % panel))
-    return native.Tail(bias, addend, tail.low, tail.high)
+    return native.Tail(bias, addend, tail.low, tail.high, tail.pool)
 
 
 def _convolution(product: Linear, tail: _Tail, x: Any, w: Any, bias: Any, addend: Any) -> Any:
@@ -296,6 +321,19 @@ def _convolution_cases(s: Any, depthwise: bool = False) -> Iterator[Any]:
     yield program, (s.array(8, *space, inner * groups), s.frozen(*(window,) * rank, inner, outer), *arrays)
 
 
+def _pooled_cases(s: Any) -> Iterator[Any]:
+    s.only("float32")
+    pool, stride, bias = s.choice(((2, 2), (1, 3), (2, 1))), s.choice((1, 2)), s.frozen(20)
+
+    def program(x: Any, w: Any, b: Any) -> Any:
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(x, w, (stride, stride), "SAME", dimension_numbers=layout)
+        sizes = (1, *pool, 1)
+        return lax.reduce_window(jnp.maximum(y + b, 0.0), -jnp.inf, lax.max, sizes, sizes, "VALID")
+
+    yield program, (s.array(3, s.choice((9, 14)), s.choice((11, 16)), 5), s.frozen(3, 3, 5, 20), bias)
+
+
 def _dot_cases(s: Any) -> Iterator[Any]:
     s.only("float32")
     rows, inner, outer = s.choice((1, 20)), s.choice((130, 300)), s.choice((130, 200))
@@ -314,6 +352,18 @@ RULES: tuple[Rule, ...] = (
         "reassociate",
         kind="offer",
         cases=_convolution_cases,
+        platforms=frozenset({"cpu"}),
+        native=True,
+    ),
+    Rule(
+        "packed-convolution-pooled",
+        "the same, and the maximum over windows side by side; XLA may lose a NaN there",
+        Find(("conv_general_dilated",), _find(pooled=True)),
+        _packed,
+        "reassociate",
+        kind="offer",
+        cases=_pooled_cases,
+        finite=True,
         platforms=frozenset({"cpu"}),
         native=True,
     ),

@@ -2,7 +2,7 @@
 //
 // y[n, i, j, c] = clamp(Σ x[n, i·s + a·d − p, j·s + b·d − p, k] · w[a, b, k, c] + bias[c] + addend[n, i, j, c]), channels
 // last. A product of matrices is the case of one image of height 1 under a window of one pixel. Weights are packed in
-// panels of PANEL output channels: [panel, a, b, k, PANEL].
+// panels of PANEL output channels: [panel, a, b, k, PANEL]. Of each `pool` of neighbouring results the largest can be kept.
 //
 // A tile is up to TILE_ROWS pixels times one panel, all in registers. What a tile reads of one row of its window lies
 // together in memory where the window is not dilated; pixels at an edge read a copy with zeros around.
@@ -14,6 +14,7 @@
 #include "row.h"
 #include "team.h"
 #include "vector.h"
+#include "vector_math.h"
 
 // Tiles are handed out one by one, or several together where there are more than so many.
 #define MOST_ITEMS 512
@@ -27,14 +28,31 @@ typedef struct {
   int64_t out_height, out_width, out_depth;  // of y
   int64_t rows, columns;                     // of the window
   int64_t stride[2], before[2], dilation[2];
+  int64_t pool[2];       // a pixel of y is the largest of so many times so many results
+  int64_t members;       // of a pool
   int64_t pixels;        // of y, all images together
   int64_t panels;        // of the weights
-  int64_t tiles;         // pixels are done in so many tiles
+  int64_t line;          // pixels that tiles may be cut from: all of y, or where there are pools a row of it
+  int64_t line_tiles;    // it is cut into so many
+  int64_t tiles;         // of all lines
   int64_t together;      // tiles of one item
   int64_t parts;         // the panels of an item are done in so many parts
   int64_t runs, length;  // a window is so many runs of so many numbers that lie together
   bool plain;            // windows of one pixel, next to each other as those of x are
 } Convolution;
+
+// Of each pool the largest. Pools stand side by side: the tile has their first rows, then their second ones.
+static void store_largest(const Convolution *c, int rows, int64_t place, int64_t columns, Vector all[2][TILE_ROWS]) {
+  int64_t across = c->pool[1], line = rows / c->pool[0];
+  for (int64_t m = 0; m < line; m += across, place += c->out_depth) {
+    for (int v = 0; v < 2 && v * LANES < columns; v++) {
+      Vector largest = all[v][m];
+      for (int64_t from = m; from < rows; from += line)
+        for (int64_t k = from; k < from + across; k++) largest = vector_max(largest, all[v][k]);
+      result_store(&c->result, place + v * LANES, columns - v * LANES, largest);
+    }
+  }
+}
 
 // One tile of the result: sums over `runs` runs of `length` numbers; run r of row m starts at x[r · TILE_ROWS + m].
 // Sums are `halves` half vectors wide.
@@ -62,6 +80,16 @@ INLINE void compute_tile(const Convolution *c, const int rows, const int halves,
     }
   }
   int64_t columns = c->out_depth - panel * PANEL;
+  if (c->members > 1) {
+    Vector all[2][TILE_ROWS];
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; m++) {
+      all[0][m] = sums[m];
+      all[1][m] = halves == 4 ? more[m] : halves == 3 ? vector_widened(half[m]) : (Vector){};
+    }
+    store_largest(c, rows, first * c->out_depth + panel * PANEL, columns, all);
+    return;
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < rows; m++) {
     int64_t place = (first + m) * c->out_depth + panel * PANEL;
@@ -126,29 +154,36 @@ static void find_row(const Convolution *c, const float *start, int64_t column, i
   }
 }
 
-// Where each run of each pixel of a tile starts: in the images, in `zeros`, or in its place of `edges`.
-static void find_runs(const Convolution *c, int64_t first, int64_t rows, const float **x, float *edges,
+// Where each run starts of `count` pixels of row i and column j on of the result, of the m-th row of a tile on.
+static void find_pixels(const Convolution *c, const float *image, int64_t i, int64_t j, int64_t count, int64_t m,
+                        const float **x, float *edges, const float *zeros) {
+  int64_t run_columns = c->length / c->depth, a = 0, b = 0;
+  for (int64_t r = 0; r < c->runs; r++) {
+    int64_t row = i * c->stride[0] + a * c->dilation[0] - c->before[0], place = r * TILE_ROWS + m;
+    int64_t column = j * c->stride[1] + b * c->dilation[1] - c->before[1];
+    if (row >= 0 && row < c->height) {
+      const float *start = image + (row * c->width + column) * c->depth;
+      find_row(c, start, column, count, x + place, edges + place * c->length, zeros);
+    } else {
+      for (int64_t q = 0; q < count; q++) x[place + q] = zeros;
+    }
+    if ((b += run_columns) >= c->columns) b = 0, a++;
+  }
+}
+
+// Where each run of each row of a tile of `pixels` pixels starts: in the images, in `zeros`, or in its place of `edges`.
+static void find_runs(const Convolution *c, int64_t first, int64_t pixels, const float **x, float *edges,
                       const float *zeros) {
   if (c->plain) {
-    for (int64_t m = 0; m < rows; m++) x[m] = c->x + (first + m) * c->depth;
+    for (int64_t m = 0; m < pixels; m++) x[m] = c->x + (first + m) * c->depth;
     return;
   }
-  int64_t run_columns = c->length / c->depth;
   int64_t j = first % c->out_width, i = first / c->out_width % c->out_height;
   const float *image = c->x + first / (c->out_width * c->out_height) * c->height * c->width * c->depth;
-  for (int64_t m = 0; m < rows;) {
-    int64_t count = rows - m < c->out_width - j ? rows - m : c->out_width - j, a = 0, b = 0;
-    for (int64_t r = 0; r < c->runs; r++) {
-      int64_t row = i * c->stride[0] + a * c->dilation[0] - c->before[0];
-      int64_t column = j * c->stride[1] + b * c->dilation[1] - c->before[1], place = r * TILE_ROWS + m;
-      if (row >= 0 && row < c->height) {
-        const float *start = image + (row * c->width + column) * c->depth;
-        find_row(c, start, column, count, x + place, edges + place * c->length, zeros);
-      } else {
-        for (int64_t q = 0; q < count; q++) x[place + q] = zeros;
-      }
-      if ((b += run_columns) >= c->columns) b = 0, a++;
-    }
+  for (int64_t m = 0; m < pixels;) {
+    int64_t count = pixels - m < c->out_width - j ? pixels - m : c->out_width - j;
+    for (int64_t k = 0, across = count * c->pool[1]; k < c->pool[0]; k++)
+      find_pixels(c, image, i * c->pool[0] + k, j * c->pool[1], across, m + k * across, x, edges, zeros);
     m += count;
     if ((j += count) == c->out_width) {
       j = 0;
@@ -171,15 +206,17 @@ static void *scratch(size_t bytes) {
 }
 
 static void compute_panels(const Convolution *c, int64_t tile, int64_t from, int64_t to) {
-  int64_t first = c->pixels * tile / c->tiles, rows = c->pixels * (tile + 1) / c->tiles - first;
+  int64_t line = tile / c->line_tiles, part = tile % c->line_tiles;
+  int64_t first = c->line * part / c->line_tiles, count = c->line * (part + 1) / c->line_tiles - first;
+  first += line * c->line;
   size_t pointers = c->runs * TILE_ROWS;
   const float **x = scratch(pointers * sizeof *x + (pointers + 1) * c->length * sizeof(float));
   float *zeros = (float *)(x + pointers);
   if (!c->plain) memset(zeros, 0, c->length * sizeof(float));
-  find_runs(c, first, rows, x, zeros + c->length, zeros);
+  find_runs(c, first, count, x, zeros + c->length, zeros);
   for (int64_t panel = from; panel < to; panel++) {
-    if (c->pixels == 1 && c->runs == 1) compute_row(c, x[0], panel);
-    else compute(c, (int)rows, x, first, panel);
+    if (c->pixels * c->members == 1 && c->runs == 1) compute_row(c, x[0], panel);
+    else compute(c, (int)(count * c->members), x, first, panel);
   }
 }
 
@@ -191,18 +228,19 @@ static void compute_item(const void *data, int item) {
 }
 
 // Operands: x[n, h, w, k], packed weights[panel, a, b, k, PANEL], then bias[panel · PANEL] and addend[n, i, j, c] if any.
-// Attribute `window` is int64 {stride, stride, padding before, padding before, dilation, dilation}; the others are those
-// of a result.
+// Attribute `window` is int64 {stride, stride, padding before, padding before, dilation, dilation}, `pool` is int64, the
+// sizes of pools; the others are those of a result.
 XLA_FFI_Error *jaxinfer_convolution(XLA_FFI_CallFrame *call) {
   if (call_answers_version(call)) return NULL;
   const XLA_FFI_Buffer *x = call_operand(call, 0), *w = call_operand(call, 1), *y = call_result(call, 0);
-  const int64_t *window = call_array(call, "window", NULL);
+  const int64_t *window = call_array(call, "window", NULL), *pool = call_array(call, "pool", NULL);
   Convolution c = {
       .x = x->data, .w = w->data, .result = result_of(call, 2),
       .height = x->dims[1], .width = x->dims[2], .depth = x->dims[3],
       .out_height = y->dims[1], .out_width = y->dims[2], .out_depth = y->dims[3],
       .rows = w->dims[1], .columns = w->dims[2],
       .stride = {window[0], window[1]}, .before = {window[2], window[3]}, .dilation = {window[4], window[5]},
+      .pool = {pool[0], pool[1]}, .members = pool[0] * pool[1],
       .pixels = y->dims[0] * y->dims[1] * y->dims[2],
       .panels = w->dims[0],
   };
@@ -210,16 +248,21 @@ XLA_FFI_Error *jaxinfer_convolution(XLA_FFI_CallFrame *call) {
   bool together = c.dilation[1] == 1;
   c.runs = together ? c.rows : c.rows * c.columns;
   c.length = together ? c.columns * c.depth : c.depth;
-  c.plain = c.rows == 1 && c.columns == 1 && c.stride[0] == 1 && c.stride[1] == 1 && c.height == c.out_height &&
-            c.width == c.out_width;
-  c.tiles = (c.pixels + TILE_ROWS - 1) / TILE_ROWS;
+  c.plain = c.members == 1 && c.rows == 1 && c.columns == 1 && c.stride[0] == 1 && c.stride[1] == 1 &&
+            c.height == c.out_height && c.width == c.out_width;
+  int64_t tile = TILE_ROWS / c.members;
+  c.line = c.members > 1 ? c.out_width : c.pixels;
+  c.line_tiles = (c.line + tile - 1) / tile;
+  c.tiles = c.pixels / c.line * c.line_tiles;
   c.parts = c.tiles >= 16 ? 1 : (16 + c.tiles - 1) / c.tiles;
   if (c.parts > c.panels) c.parts = c.panels;
   c.together = (c.tiles + MOST_ITEMS - 1) / MOST_ITEMS;
   int64_t groups = (c.tiles + c.together - 1) / c.together;
-  int64_t work = c.pixels * c.out_depth * c.runs * c.length + c.panels * PANEL * c.runs * c.length * LANES / 4;
+  int64_t work = c.pixels * c.members * c.out_depth * c.runs * c.length + c.panels * PANEL * c.runs * c.length * LANES / 4;
   team_share(compute_item, &c, (int)(groups * c.parts), 1 + (int)(work / WORK_PER_THREAD));
   return NULL;
 }
 
 int jaxinfer_panel(void) { return PANEL; }
+
+int jaxinfer_tile_rows(void) { return TILE_ROWS; }

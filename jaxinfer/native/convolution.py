@@ -43,12 +43,15 @@ class Tail(NamedTuple):
         addend: an array of the shape of the result, or None for none.
         low: least value of the result; a NaN stays one.
         high: greatest value of the result.
+        pool: sizes of pools of neighbouring pixels, of each of which the largest is kept; what fills none is dropped.
+            There is no addend then, and depthwise convolutions have none.
     """
 
     bias: Any = None
     addend: Any = None
     low: float = -math.inf
     high: float = math.inf
+    pool: tuple[int, int] = (1, 1)
 
 
 _EVERYWHERE, _AS_THEY_ARE = Window(), Tail()
@@ -82,8 +85,13 @@ def packed_convolution(
 
     Returns:
         [images, height, width, features] of the result.
+
+    Raises:
+        ValueError: if padding is negative, or there are pools and an addend.
     """
-    return _bind(packed_convolution_p, x, weights, window, tail, features=features)
+    if tail.pool != (1, 1) and tail.addend is not None:
+        raise ValueError(f"pool={tail.pool}: nothing can be added to what is pooled")
+    return _bind(packed_convolution_p, x, weights, window, tail, features=features, pool=tail.pool)
 
 
 def depthwise_convolution(x: Any, weights: Any, window: Window = _EVERYWHERE, tail: Tail = _AS_THEY_ARE) -> Array:
@@ -97,7 +105,12 @@ def depthwise_convolution(x: Any, weights: Any, window: Window = _EVERYWHERE, ta
 
     Returns:
         [images, height, width, c] of the result.
+
+    Raises:
+        ValueError: if padding is negative, or there are pools.
     """
+    if tail.pool != (1, 1):
+        raise ValueError(f"pool={tail.pool}: depthwise convolutions are not pooled")
     return _bind(depthwise_convolution_p, x, weights, window, tail)
 
 
@@ -112,8 +125,12 @@ def _bind(primitive: Any, x: Any, weights: Any, window: Window, tail: Tail, **pa
 # -- the same in JAX's own operations ---------------------------------------------------------------------------------
 
 
-def _plain_packed(x: Any, weights: Any, *terms: Any, window: Window, features: int, **tail: Any) -> Any:
-    return _with_tail(_convolved(x, unpacked(weights, features), window), terms, **tail)
+def _plain_packed(x: Any, weights: Any, *terms: Any, window: Window, features: int, pool: Any, **tail: Any) -> Any:
+    result = _with_tail(_convolved(x, unpacked(weights, features), window), terms, **tail)
+    if pool == (1, 1):
+        return result
+    sizes = (1, *pool, 1)
+    return lax.reduce_window(result, -jnp.inf, lax.max, sizes, sizes, "VALID")
 
 
 def _plain_depthwise(x: Any, weights: Any, *terms: Any, window: Window, **tail: Any) -> Any:
@@ -145,9 +162,8 @@ def _with_tail(sums: Any, terms: Sequence[Any], has: tuple[bool, bool], low: flo
 
 
 def _kernel(target: str) -> Callable[..., Any]:
-    def kernel(
-        ctx: Any, operands: Sequence[Any], *, window: Window, has: Any, low: float, high: float, **_: Any
-    ) -> Any:
+    def kernel(ctx: Any, operands: Any, *, window: Window, has: Any, low: Any, high: Any, **params: Any) -> Any:
+        pool = params.get("pool")
         numbers = [*window.strides, *(before for before, _ in window.padding), *window.dilation]
         return jax.ffi.ffi_lowering(target)(
             ctx,
@@ -155,6 +171,7 @@ def _kernel(target: str) -> Callable[..., Any]:
             window=np.array(numbers, np.int64),
             has=np.array(has, np.int64),
             clamp=np.array([low, high], np.float32),
+            **({} if pool is None else {"pool": np.array(pool, np.int64)}),
         )
 
     return kernel

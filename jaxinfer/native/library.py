@@ -37,12 +37,14 @@ class Library:
 
     Attributes:
         panel: how many output channels a panel of packed weights has.
+        tile_rows: how many results are computed together; no more can be pooled.
         digest: changes with the kernels, the compiler and the processor; timings depend on it.
         kind: the same for libraries that take the same calls: changes with the sources and the panels.
     """
 
     panel: int
     digest: str
+    tile_rows: int = 1
     kind: str = ""
 
 
@@ -85,7 +87,7 @@ def _load() -> Library:
     loaded.team_resize(_threads())
     panel = loaded.jaxinfer_panel()
     sources = hashlib.blake2b(b"".join(path.read_bytes() for path in _sources()), digest_size=12)
-    return Library(panel, digest, kind=f"{sources.hexdigest()}-{panel}")
+    return Library(panel, digest, loaded.jaxinfer_tile_rows(), f"{sources.hexdigest()}-{panel}")
 
 
 def _compiler() -> list[str]:

@@ -58,9 +58,8 @@ INLINE Vector apply(const int operation, Vector a, Vector b) {
     case SUB: return a - b;
     case MUL: return a * b;
     case DIV: return a / b;
-    // A NaN of either side stays one.
-    case MAX: return vector_select((a > b) | (a != a), a, b);
-    case MIN: return vector_select((a < b) | (a != a), a, b);
+    case MAX: return vector_max(a, b);
+    case MIN: return vector_min(a, b);
     default: return a;
   }
 }

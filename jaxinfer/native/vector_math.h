@@ -9,6 +9,11 @@
 
 INLINE Vector vector_of(float value) { return value - (Vector){}; }
 
+// A NaN of either side stays one.
+INLINE Vector vector_max(Vector a, Vector b) { return vector_select((a > b) | (a != a), a, b); }
+
+INLINE Vector vector_min(Vector a, Vector b) { return vector_select((a < b) | (a != a), a, b); }
+
 INLINE Vector vector_abs(Vector x) { return (Vector)((Mask)x & 0x7fffffff); }
 
 // exp(x) = 2^n · exp(r), n whole and |r| at most half of log 2.

@@ -1,7 +1,8 @@
 // Calls kernels on arrays that end where memory of others begins, and compares with sums in the plainest loops.
 //
 // Each line of the input is one call: kernel (0 packed, 1 depthwise), images, height, width, depth, window (2),
-// features, strides (2), padding before and after along both axes (4), dilation (2), 1 with a bias, 1 with an addend.
+// features, strides (2), padding before and after along both axes (4), dilation (2), 1 with a bias, 1 with an addend,
+// sizes of pools (2).
 // The numbers in the arrays are small and whole, so that sums are exact in whatever order.
 
 #include <stdio.h>
@@ -19,7 +20,7 @@ enum { MOST_OPERANDS = 4 };
 
 typedef struct {
   int kernel, n, height, width, depth, rows, columns, features;
-  int stride[2], before[2], after[2], dilation[2], bias, addend;
+  int stride[2], before[2], after[2], dilation[2], bias, addend, pool[2];
 } Case;
 
 static unsigned state = 1;
@@ -66,9 +67,20 @@ static float plain(const Case *c, const float *x, const float *w, int n, int i, 
   return sum;
 }
 
+static float largest(const Case *c, const float *x, const float *w, int n, int i, int j, int f) {
+  float found = plain(c, x, w, n, i * c->pool[0], j * c->pool[1], f);
+  for (int a = 0; a < c->pool[0]; a++) {
+    for (int b = 0; b < c->pool[1]; b++) {
+      float other = plain(c, x, w, n, i * c->pool[0] + a, j * c->pool[1] + b, f);
+      found = other > found ? other : found;
+    }
+  }
+  return found;
+}
+
 static int try(const Case *c) {
-  int height = positions(c->height, c->before[0], c->after[0], c->rows, c->dilation[0], c->stride[0]);
-  int width = positions(c->width, c->before[1], c->after[1], c->columns, c->dilation[1], c->stride[1]);
+  int height = positions(c->height, c->before[0], c->after[0], c->rows, c->dilation[0], c->stride[0]) / c->pool[0];
+  int width = positions(c->width, c->before[1], c->after[1], c->columns, c->dilation[1], c->stride[1]) / c->pool[1];
   int features = c->kernel ? c->depth : c->features, panel = jaxinfer_panel(), panels = (features + panel - 1) / panel;
   int64_t size = (int64_t)c->n * height * width * features;
   float *x = array((int64_t)c->n * c->height * c->width * c->depth), *y = array(size), *addend = array(size);
@@ -77,6 +89,7 @@ static int try(const Case *c) {
   float clamp[] = {-20, 30};
   int64_t has[] = {c->bias, c->addend};
   int64_t window[] = {c->stride[0], c->stride[1], c->before[0], c->before[1], c->dilation[0], c->dilation[1]};
+  int64_t pool[] = {c->pool[0], c->pool[1]};
 
   XLA_FFI_Buffer buffers[MOST_OPERANDS + 1] = {
       {.data = x, .rank = 4, .dims = (int64_t[]){c->n, c->height, c->width, c->depth}},
@@ -89,19 +102,20 @@ static int try(const Case *c) {
   buffers[operands] = (XLA_FFI_Buffer){.data = y, .rank = 4, .dims = (int64_t[]){c->n, height, width, features}};
   void *args[MOST_OPERANDS], *result = &buffers[operands];
   for (int i = 0; i < operands; i++) args[i] = &buffers[i];
-  XLA_FFI_Array arrays[] = {{.size = 2, .data = clamp}, {.size = 2, .data = has}, {.size = 6, .data = window}};
-  XLA_FFI_ByteSpan names[] = {{"clamp", 5}, {"has", 3}, {"window", 6}};
+  XLA_FFI_Array arrays[] = {{.size = 2, .data = clamp}, {.size = 2, .data = has}, {.size = 2, .data = pool},
+                            {.size = 6, .data = window}};
+  XLA_FFI_ByteSpan names[] = {{"clamp", 5}, {"has", 3}, {"pool", 4}, {"window", 6}};
   XLA_FFI_CallFrame call = {
       .args = {.size = operands, .args = args},
       .rets = {.size = 1, .rets = &result},
-      .attrs = {.size = 3, .names = (XLA_FFI_ByteSpan *[]){names, names + 1, names + 2},
-                .attrs = (void *[]){arrays, arrays + 1, arrays + 2}}};
+      .attrs = {.size = 4, .names = (XLA_FFI_ByteSpan *[]){names, names + 1, names + 2, names + 3},
+                .attrs = (void *[]){arrays, arrays + 1, arrays + 2, arrays + 3}}};
   if ((c->kernel ? jaxinfer_depthwise : jaxinfer_convolution)(&call)) return 1;
 
   int wrong = 0;
   for (int64_t place = 0; place < size; place++) {
     int f = place % features, j = place / features % width, i = place / features / width % height;
-    float want = plain(c, x, w, (int)(place / features / width / height), i, j, f);
+    float want = largest(c, x, w, (int)(place / features / width / height), i, j, f);
     want += (c->bias ? bias[f] : 0) + (c->addend ? addend[place] : 0);
     want = want < clamp[0] ? clamp[0] : want > clamp[1] ? clamp[1] : want;
     if (y[place] != want && !wrong++) fprintf(stderr, "y[%d, %d, %d] is %g, not %g\n", i, j, f, y[place], want);
@@ -119,7 +133,7 @@ int main(void) {
     Case c;
     int *number[] = {&c.kernel, &c.n, &c.height, &c.width, &c.depth, &c.rows, &c.columns, &c.features, &c.stride[0],
                      &c.stride[1], &c.before[0], &c.after[0], &c.before[1], &c.after[1], &c.dilation[0], &c.dilation[1],
-                     &c.bias, &c.addend};
+                     &c.bias, &c.addend, &c.pool[0], &c.pool[1]};
     char *rest = line;
     for (size_t i = 0; i < sizeof number / sizeof *number; i++) *number[i] = (int)strtol(rest, &rest, 10);
     count++;

@@ -12,6 +12,8 @@ KERNELS = ("convolution.c", "depthwise.c", "team.c")
 WATCHED = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
 # The same sources for processors with shorter vectors.
 PROCESSORS = {"native": ["-march=native"], "AVX2": ["-mavx2", "-mfma"], "SSE2": ["-march=x86-64"], "any": []}
+# No larger than what is computed together on any processor.
+POOLS = ((2, 2), (1, 2), (3, 1), (2, 3))
 
 
 def cases(count):
@@ -27,7 +29,10 @@ def cases(count):
             strides, padding = rng.integers(1, 3, 2), rng.integers(0, 4, 4)
             dilation = (1, 1) if rng.random() < 0.5 else rng.integers(1, 3, 2)
         terms = rng.integers(0, 2, 2)
-        yield kernel, *images, depth, *window, features, *strides, *padding, *dilation, *terms
+        pool = (1, 1)
+        if kernel == 0 and rng.random() < 0.3:
+            pool, terms[1] = POOLS[rng.integers(len(POOLS))], 0
+        yield kernel, *images, depth, *window, features, *strides, *padding, *dilation, *terms, *pool
 
 
 LINES = "".join(" ".join(map(str, case)) + "\n" for case in cases(400))

@@ -310,3 +310,36 @@ def test_negative_padding_is_refused():
     ):
         with pytest.raises(ValueError, match="negative padding"):
             call()
+
+
+# -- pools ------------------------------------------------------------------------------------------------------------
+
+
+@fuzzed
+@given(cases(depth=20, features=70), st.sampled_from([(2, 2), (1, 3), (3, 2), (2, 1)]))
+def test_pools(case, pool):
+    x, w = random(*case.images, case.depth), case.weights(depthwise=False)
+    tail = Tail(random(case.features) if case.bias else None, None, *case.clamp)
+    plain, error = exact(x, w, case.window, tail)
+    images, height, width, features = plain.shape
+    rows, columns = height // pool[0], width // pool[1]
+    if rows and columns:
+        cut = plain[:, : rows * pool[0], : columns * pool[1]]
+        want = cut.reshape(images, rows, pool[0], columns, pool[1], features).max((2, 4))
+        have = packed(x, w, case.window, tail._replace(pool=pool))
+        np.testing.assert_allclose(have, want, rtol=0, atol=np.max(error))
+
+
+def test_a_nan_is_the_largest_of_its_pool():
+    x = np.ones((1, 4, 4, 1), np.float32)
+    x[0, 1, 2] = np.nan
+    have = packed(x, np.ones((1, 1, 1, 20), np.float32), tail=Tail(low=0.0, pool=(2, 2)))[0, :, :, 0]
+    np.testing.assert_array_equal(have, [[1, np.nan], [1, 1]])
+
+
+def test_pools_that_are_refused():
+    x, w = random(1, 4, 4, 3), random(1, 1, 3, 20)
+    with pytest.raises(ValueError, match="added"):
+        packed(x, w, tail=Tail(addend=random(1, 4, 4, 20), pool=(2, 2)))
+    with pytest.raises(ValueError, match="depthwise"):
+        depthwise_convolution(x, w[..., 0], tail=Tail(pool=(2, 2)))

@@ -150,6 +150,38 @@ def test_one_dimension():
     assert set(operations(after)) <= {"packed_convolution", "reshape", "expand_dims", "broadcast_in_dim", "squeeze"}
 
 
+POOLED = tuple(r for r in RULES if r.name == "packed-convolution-pooled")
+
+
+def largest(y, pool=(2, 2), strides=None, padding="VALID"):
+    strides = pool if strides is None else strides
+    return lax.reduce_window(y, -jnp.inf, lax.max, (1, *pool, 1), (1, *strides, 1), padding)
+
+
+def test_the_largest_of_windows_side_by_side():
+    for pool in ((2, 2), (1, 3), (3, 2)):
+        layer = lambda x, w, b, pool=pool: largest(jax.nn.relu(conv(x, w) + b), pool)  # noqa: E731
+        after = compare(layer, (X[:, :, :11], W, BIAS), POOLED, (1, 2))
+        assert operations(after) == ["packed_convolution"]
+        assert kernel(after).params["pool"] == pool and kernel(after).params["low"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x, w: largest(conv(x, w), (3, 3), (2, 2)),  # windows that overlap
+        lambda x, w: largest(conv(x, w), padding=((0, 0), (1, 1), (0, 0), (0, 0))),
+        lambda x, w: largest(conv(x, w), (5, 5)),  # more than a tile
+        lambda x, w: largest(conv(x, w) + jnp.tanh(jnp.tile(x, 3)[..., :40])),  # something is added
+        lambda x, w: (largest(conv(x, w)), conv(x, w).sum()),  # needed otherwise
+        lambda x, w: jnp.mean(conv(x, w), (1, 2)),
+    ],
+)
+def test_other_pools_are_left_alone(layer):
+    _, after = rewrite(layer, (X, W), POOLED, known=(1,))
+    assert "packed_convolution" not in operations(after)
+
+
 # -- what is left -----------------------------------------------------------------------------------------------------
 
 
