@@ -23,7 +23,7 @@ from jaxinfer.native import Window, depthwise_convolution, library, pack, packed
 from jaxinfer.rewriting import Find, Match, Rule
 
 # Smaller products take less time than it takes to call a kernel.
-_LEAST_MULTIPLICATIONS = 1 << 14
+LEAST_MULTIPLICATIONS = 1 << 14
 # Spatial axes of the images the kernel knows.
 _AXES = 2
 
@@ -155,7 +155,7 @@ def _product(graph: Graph, node: Node) -> tuple[Linear, _Tail] | None:
 def _find(depthwise: bool = False, pooled: bool = False) -> Callable[[Graph, Node], Match | None]:
     def find(graph: Graph, node: Node) -> Match | None:
         found = _product(graph, node) if library() is not None else None
-        if found is None or (found[0].groups > 1) != depthwise or _multiplications(found[0]) < _LEAST_MULTIPLICATIONS:
+        if found is None or (found[0].groups > 1) != depthwise or _multiplications(found[0]) < LEAST_MULTIPLICATIONS:
             return None
         product, tail = found
         if pooled:

@@ -7,7 +7,7 @@ import math
 from jaxinfer.graph import Graph, Node
 
 # The names that their primitives are registered under, see `jaxinfer.native`.
-KERNELS = frozenset({"packed_convolution", "depthwise_convolution", "vector_loop"})
+KERNELS = frozenset({"packed_convolution", "depthwise_convolution", "integer_product", "vector_loop"})
 
 
 def uses_kernels(graph: Graph) -> bool:
@@ -21,5 +21,7 @@ def kernel_flops(node: Node) -> float:
         loop = node.params["loop"]
         return float(loop.steps * sum(i.size * (2 * i.depth or 1) for i in loop.step))
     weights = node.inputs[1].aval.shape
+    if node.op == "integer_product":
+        return 2.0 * math.prod(node.avals[0].shape) * node.inputs[0].shape[1]
     window = weights[1:4] if node.op == "packed_convolution" else weights[:2]
     return 2.0 * math.prod(node.avals[0].shape) * math.prod(window)

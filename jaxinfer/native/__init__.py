@@ -6,6 +6,7 @@ says itself in plain JAX as well: so it is lowered for other platforms, exported
 """
 
 from jaxinfer.native.convolution import Tail, Window, depthwise_convolution, pack, packed_convolution
+from jaxinfer.native.integer import integer_offsets, integer_product, pack_integers
 from jaxinfer.native.library import TARGETS, Library, library, why_missing
 from jaxinfer.native.loop import Instruction, Place, VectorLoop, vector_loop
 from jaxinfer.native.primitive import exports_with_kernels, is_portable
@@ -20,9 +21,12 @@ __all__ = [
     "Window",
     "depthwise_convolution",
     "exports_with_kernels",
+    "integer_offsets",
+    "integer_product",
     "is_portable",
     "library",
     "pack",
+    "pack_integers",
     "packed_convolution",
     "vector_loop",
     "why_missing",

@@ -22,7 +22,7 @@ from jaxinfer.cache_folder import default_folder
 FOLDER_NAME = "native"
 # Set to "off", no kernel is compiled or used.
 SWITCH = "JAXINFER_NATIVE"
-TARGETS = ("jaxinfer_convolution", "jaxinfer_depthwise", "jaxinfer_loop")
+TARGETS = ("jaxinfer_convolution", "jaxinfer_depthwise", "jaxinfer_integer", "jaxinfer_loop")
 
 _SOURCES = Path(__file__).parent
 _FLAGS = "-std=gnu11 -O3 -march=native -ffp-contract=fast -shared -fPIC -pthread".split()
@@ -39,12 +39,14 @@ class Library:
         panel: how many output channels a panel of packed weights has.
         tile_rows: how many results are computed together; no more can be pooled.
         digest: changes with the kernels, the compiler and the processor; timings depend on it.
+        has_integers: whether the processor has instructions for products of int8 that are worth a kernel.
         kind: the same for libraries that take the same calls: changes with the sources and the panels.
     """
 
     panel: int
     digest: str
     tile_rows: int = 1
+    has_integers: bool = False
     kind: str = ""
 
 
@@ -87,7 +89,13 @@ def _load() -> Library:
     loaded.team_resize(_threads())
     panel = loaded.jaxinfer_panel()
     sources = hashlib.blake2b(b"".join(path.read_bytes() for path in _sources()), digest_size=12)
-    return Library(panel, digest, loaded.jaxinfer_tile_rows(), f"{sources.hexdigest()}-{panel}")
+    return Library(
+        panel=panel,
+        digest=digest,
+        tile_rows=loaded.jaxinfer_tile_rows(),
+        has_integers=bool(loaded.jaxinfer_has_integer()),
+        kind=f"{sources.hexdigest()}-{panel}",
+    )
 
 
 def _compiler() -> list[str]:

@@ -42,6 +42,7 @@ def kernel_primitive(
     abstract: Callable[..., Any],
     kernel: Callable[..., Any],
     multiple_results: bool = False,
+    dtype: Any = np.float32,
 ) -> Any:
     """Makes a primitive.
 
@@ -52,6 +53,7 @@ def kernel_primitive(
         abstract: ``abstract(*avals, **params)`` gives the results' types.
         kernel: ``kernel(ctx, operands, **params)`` lowers a call to the kernel.
         multiple_results: whether results are lists.
+        dtype: that of the first operand, if the kernel is to be called.
     """
     primitive = _jax.Primitive(name)
     primitive.multiple_results = multiple_results
@@ -59,7 +61,8 @@ def kernel_primitive(
     lowered_plain = mlir.lower_fun(plain, multiple_results=multiple_results)
 
     def lowered(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if is_portable(ctx) or any(a.dtype != np.float32 or 0 in a.shape for a in (*ctx.avals_in, *ctx.avals_out)):
+        empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
+        if is_portable(ctx) or empty or ctx.avals_in[0].dtype != dtype:
             return lowered_plain(ctx, *operands, **params)
         return kernel(ctx, operands, **params)
 

@@ -1,0 +1,130 @@
+// Products of int8 with packed weights, summed exactly in int32.
+//
+// The processor multiplies unsigned by signed bytes, four at a time, so each x counts as x + 128, and 128 Σ w is taken
+// off again: that is what sums begin with. Weights are packed as [panel, k / 4, PANEL, 4], filled up with zeros.
+
+#include <stdlib.h>
+
+#include "call.h"
+#include "team.h"
+#include "vector.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+#define MOST_ITEMS 512
+// Multiplications that are worth another thread.
+#define WORK_PER_THREAD 200000
+
+typedef struct {
+  const int8_t *x, *w;
+  const int32_t *offsets;
+  int32_t *y;
+  int64_t rows, depth, columns;
+  int64_t fours;     // the depth in groups of four, the last one filled up
+  int64_t panels;    // of the weights
+  int64_t tiles;     // rows are done in so many tiles
+  int64_t together;  // tiles of one item
+  int64_t parts;     // the panels of an item are done in so many parts
+} Product;
+
+INLINE void compute_tile(const Product *p, const int rows, const int32_t *x, int64_t first, int64_t panel) {
+  __m512i sums[TILE_ROWS][2];
+  const int32_t *offsets = p->offsets + panel * PANEL;
+#pragma GCC unroll 16
+  for (int m = 0; m < rows; m++) {
+    sums[m][0] = _mm512_loadu_si512(offsets);
+    sums[m][1] = _mm512_loadu_si512(offsets + LANES);
+  }
+  const int8_t *w = p->w + panel * p->fours * PANEL * 4;
+  for (int64_t k = 0; k < p->fours; k++, w += PANEL * 4) {
+    __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + LANES * 4);
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; m++) {
+      __m512i four = _mm512_set1_epi32(x[m * p->fours + k]);
+      sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], four, w0);
+      sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], four, w1);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < rows; m++) {
+    for (int64_t v = 0, column = panel * PANEL; v < 2 && column < p->columns; v++, column += LANES) {
+      int64_t lanes = p->columns - column;
+      __mmask16 mask = lanes >= LANES ? 0xffff : (__mmask16)((1u << lanes) - 1);
+      _mm512_mask_storeu_epi32(p->y + (first + m) * p->columns + column, mask, sums[m][v]);
+    }
+  }
+}
+
+static void compute(const Product *p, int rows, const int32_t *x, int64_t first, int64_t panel) {
+  switch (rows) {
+#define CASE(n) \
+  case n: compute_tile(p, (n), x, first, panel); break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+    CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#undef CASE
+  }
+}
+
+// Rows of x as unsigned bytes in whole groups of four; memory of a thread, kept for the next tile.
+static const int32_t *unsigned_rows(const Product *p, int64_t first, int64_t rows) {
+  static __thread uint8_t *held;
+  static __thread size_t size;
+  size_t bytes = TILE_ROWS * p->fours * 4;
+  if (bytes > size) {
+    free(held);
+    held = malloc(bytes);
+    if (!held) abort();
+    size = bytes;
+  }
+  for (int64_t m = 0; m < rows; m++) {
+    const int8_t *from = p->x + (first + m) * p->depth;
+    uint8_t *to = held + m * p->fours * 4;
+    for (int64_t k = 0; k < p->depth; k++) to[k] = (uint8_t)from[k] ^ 0x80;
+    for (int64_t k = p->depth; k < p->fours * 4; k++) to[k] = 0;
+  }
+  return (const int32_t *)held;
+}
+
+static void compute_item(const void *data, int item) {
+  const Product *p = data;
+  int64_t part = item % p->parts, begin = item / p->parts * p->together;
+  for (int64_t tile = begin; tile < begin + p->together && tile < p->tiles; tile++) {
+    int64_t first = p->rows * tile / p->tiles, rows = p->rows * (tile + 1) / p->tiles - first;
+    const int32_t *x = unsigned_rows(p, first, rows);
+    for (int64_t panel = p->panels * part / p->parts; panel < p->panels * (part + 1) / p->parts; panel++)
+      compute(p, (int)rows, x, first, panel);
+  }
+}
+
+// Operands: x[m, k], packed weights, offsets[panel · PANEL] = −128 Σ w. Result: y[m, n].
+XLA_FFI_Error *jaxinfer_integer(XLA_FFI_CallFrame *call) {
+  if (call_answers_version(call)) return NULL;
+  const XLA_FFI_Buffer *x = call_operand(call, 0), *w = call_operand(call, 1), *y = call_result(call, 0);
+  Product p = {
+      .x = x->data, .w = w->data, .offsets = call_operand(call, 2)->data, .y = y->data,
+      .rows = x->dims[0], .depth = x->dims[1], .columns = y->dims[1],
+      .panels = w->dims[0], .fours = w->dims[1],
+  };
+  p.tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
+  p.together = (p.tiles + MOST_ITEMS - 1) / MOST_ITEMS;
+  p.parts = p.tiles >= 16 ? 1 : (16 + p.tiles - 1) / p.tiles;
+  if (p.parts > p.panels) p.parts = p.panels;
+  int64_t groups = (p.tiles + p.together - 1) / p.together;
+  int64_t work = (p.rows + 8) * p.columns * p.depth;  // weights that are read for few rows take longer
+  team_share(compute_item, &p, (int)(groups * p.parts), 1 + (int)(work / WORK_PER_THREAD));
+  return NULL;
+}
+
+int jaxinfer_has_integer(void) { return 1; }
+
+#else
+
+// Without such an instruction XLA's own way is as good.
+XLA_FFI_Error *jaxinfer_integer(XLA_FFI_CallFrame *call) {
+  call_answers_version(call);
+  abort();
+}
+
+int jaxinfer_has_integer(void) { return 0; }
+
+#endif

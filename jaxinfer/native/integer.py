@@ -1,0 +1,60 @@
+"""Products of int8 with packed weights, exactly in int32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxinfer.native.primitive import kernel_primitive
+
+# What the processor multiplies and adds up at a time.
+_FOUR = 4
+
+
+def pack_integers(weights: Any, panel: int) -> Any:
+    """int8[k, n] as panels int8[n / panel, k / 4, panel, 4], filled up with zeros."""
+    depth, features = weights.shape
+    filled = jnp.pad(weights, ((0, -depth % _FOUR), (0, -features % panel)))
+    fours, panels = filled.shape[0] // _FOUR, filled.shape[1] // panel
+    return jnp.transpose(filled.reshape(fours, _FOUR, panels, panel), (2, 0, 3, 1))
+
+
+def integer_offsets(weights: Any, panel: int) -> Any:
+    """What sums begin with: −128 Σ w of each column, int32[n rounded up to whole panels]."""
+    return jnp.pad(-128 * jnp.sum(weights, 0, dtype=jnp.int32), (0, -weights.shape[1] % panel))
+
+
+def integer_product(x: Any, weights: Any, offsets: Any, features: int) -> Array:
+    """x @ w, exactly.
+
+    Args:
+        x: int8[m, k], with k at most 2¹⁷ − 1.
+        weights: what :func:`pack_integers` makes of w[k, features].
+        offsets: what :func:`integer_offsets` makes of it.
+        features: columns of the result.
+
+    Returns:
+        int32[m, features].
+    """
+    return integer_product_p.bind(x, weights, offsets, features=features)
+
+
+def _plain(x: Any, weights: Any, offsets: Any, features: int) -> Any:
+    panels, fours, panel, four = weights.shape
+    columns = jnp.transpose(weights, (1, 3, 0, 2)).reshape(fours * four, panels * panel)[: x.shape[1], :features]
+    return lax.dot(x, columns, preferred_element_type=np.dtype(np.int32))
+
+
+def _abstract(x: Any, weights: Any, offsets: Any, features: int) -> Any:
+    return jax.core.ShapedArray((x.shape[0], features), np.dtype(np.int32))
+
+
+def _kernel(ctx: Any, operands: Any, features: int) -> Any:
+    return jax.ffi.ffi_lowering("jaxinfer_integer")(ctx, *operands)
+
+
+integer_product_p = kernel_primitive("integer_product", _plain, _abstract, _kernel, dtype=np.int8)
