@@ -50,9 +50,9 @@ class Settings:
     rules: tuple[Rule, ...] | None = None
 
     def active_rules(self, platform: str) -> tuple[Rule, ...]:
-        """The rules these settings allow on a platform."""
+        """The rules these settings allow on a platform; where nothing is measured kernels are not chosen."""
         rules = registered_rules() if self.rules is None else self.rules
-        return within(rules, self.numerics, platform)
+        return within((r for r in rules if self.tune != "off" or not r.native), self.numerics, platform)
 
     @property
     def seconds(self) -> float:

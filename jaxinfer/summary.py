@@ -73,6 +73,8 @@ def _rules(program: Program, settings: Settings) -> tuple[RuleCount, ...]:
 
 def _why_not(rule: Rule, active: bool, settings: Settings, platform: str) -> str | None:
     """Why a rule was not even tried, if so."""
+    if rule.native and settings.tune == "off":
+        return "kernels are chosen by measurement only"
     if not active:
         return f"not within {settings.numerics!r}, or not for {platform}"
     return why_missing() or None if rule.native else None

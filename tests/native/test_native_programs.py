@@ -208,6 +208,14 @@ def test_portable_settings_leave_them_out():
     assert not any(r.native for r in Settings().active_rules("tpu"))
 
 
+def test_where_nothing_is_measured_they_are_left_out():
+    assert not any(r.native for r in Settings(tune="off").active_rules("cpu"))
+    told = autoinfer.optimize(network, tune="off").freeze(WEIGHTS).explain(X)
+    assert {r.declined_reason for r in told.rules if r.name == "packed-product"} == {
+        "kernels are chosen by measurement only"
+    }
+
+
 # -- processes with one cache folder ----------------------------------------------------------------------------------
 
 PROGRAM = """
