@@ -70,14 +70,14 @@ def _longer(graph: Graph, tail: _Tail) -> _Tail | None:
     root = Value(user, 0)
     bounded = tail.low != -math.inf or tail.high != math.inf
     if user.op == "clamp" and uses[0][1] == 1 and not bounded:
-        low, high = (_number(graph, user.inputs[i]) for i in (0, 2))
+        low, high = (number_of(graph, user.inputs[i]) for i in (0, 2))
         return None if low is None or high is None or low > high else replace(tail, root=root, low=low, high=high)
     if user.op == "clamp":
         return None
     other = user.inputs[1 - uses[0][1]]
     if user.op == "add":
         return None if bounded else _with_term(graph, replace(tail, root=root), other, uses[0][1])
-    number = _number(graph, other)
+    number = number_of(graph, other)
     if number is None:
         return None
     if user.op == "max":
@@ -87,7 +87,7 @@ def _longer(graph: Graph, tail: _Tail) -> _Tail | None:
 
 def _with_term(graph: Graph, tail: _Tail, term: Value, position: int) -> _Tail | None:
     if graph.is_known(term):
-        along = _layout(term, len(tail.root.shape)).varies
+        along = layout_over(term, len(tail.root.shape)).varies
         if tail.bias is None and tail.addend is None and along <= {len(tail.root.shape) - 1}:
             return replace(tail, bias=term)
     if tail.addend is not None or term.shape != tail.root.shape or term.dtype != tail.root.dtype:
@@ -107,13 +107,13 @@ def _is_product(graph: Graph, value: Value) -> bool:
     return linear(graph, value) is not None
 
 
-def _layout(value: Value, rank: int) -> Layout:
+def layout_over(value: Value, rank: int) -> Layout:
     """The layout of a term over all axes of the result it is added to."""
     found = layout(value)
     return found if len(found.axes) == rank else Layout(found.source, (None,) * rank)
 
 
-def _number(graph: Graph, value: Value) -> float | None:
+def number_of(graph: Graph, value: Value) -> float | None:
     """The number that all elements of a value are known to be, if it is one that is no NaN."""
     found = layout(value)
     if found.varies or math.prod(found.source.shape) != 1:
@@ -165,7 +165,7 @@ def _find(depthwise: bool = False, pooled: bool = False) -> Callable[[Graph, Nod
             tail = longer
         values = {"x": product.input, "w": product.weights}
         if tail.bias is not None:
-            values["bias"] = _layout(tail.bias, len(tail.root.shape)).source
+            values["bias"] = layout_over(tail.bias, len(tail.root.shape)).source
         if tail.addend is not None:
             values["addend"] = tail.addend
         return Match(graph, (tail.root,), values, {"product": node})
@@ -221,7 +221,7 @@ def _packed(m: Match, x: Any, w: Any, bias: Any = None, addend: Any = None) -> A
     if m.roots[0] != tail.root:
         tail = again(_pooled(m.graph, tail))
     if bias is not None:
-        bias = _layout(again(tail.bias), len(tail.root.shape)).spread(bias)
+        bias = layout_over(again(tail.bias), len(tail.root.shape)).spread(bias)
     form = _convolution if product.node.op == "conv_general_dilated" else _dot
     return form(product, tail, x, w, bias, addend)
 

@@ -1,7 +1,8 @@
 // Products of int8 with packed weights, summed exactly in int32.
 //
 // The processor multiplies unsigned by signed bytes, four at a time, so each x counts as x + 128, and 128 Σ w is taken
-// off again: that is what sums begin with. Weights are packed as [panel, k / 4, PANEL, 4], filled up with zeros.
+// off again: that is what sums begin with. Weights are packed as [panel, k / 4, PANEL, 4], filled up with zeros. Sums can
+// be written as real numbers, min(max(sum · scale + shift, low), high), with a scale and a shift for each column.
 
 #include <stdlib.h>
 
@@ -18,7 +19,9 @@
 typedef struct {
   const int8_t *x, *w;
   const int32_t *offsets;
-  int32_t *y;
+  void *y;                     // int32, or float where there are scales
+  const float *scale, *shift;  // NULL without
+  float low, high;
   int64_t rows, depth, columns;
   int64_t fours;     // the depth in groups of four, the last one filled up
   int64_t panels;    // of the weights
@@ -50,7 +53,15 @@ INLINE void compute_tile(const Product *p, const int rows, const int32_t *x, int
     for (int64_t v = 0, column = panel * PANEL; v < 2 && column < p->columns; v++, column += LANES) {
       int64_t lanes = p->columns - column;
       __mmask16 mask = lanes >= LANES ? 0xffff : (__mmask16)((1u << lanes) - 1);
-      _mm512_mask_storeu_epi32(p->y + (first + m) * p->columns + column, mask, sums[m][v]);
+      int64_t place = (first + m) * p->columns + column;
+      if (!p->scale) {
+        _mm512_mask_storeu_epi32((int32_t *)p->y + place, mask, sums[m][v]);
+        continue;
+      }
+      __m512 scale = _mm512_loadu_ps(p->scale + column), shift = _mm512_loadu_ps(p->shift + column);
+      __m512 real = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[m][v]), scale, shift);
+      real = _mm512_min_ps(_mm512_max_ps(real, _mm512_set1_ps(p->low)), _mm512_set1_ps(p->high));
+      _mm512_mask_storeu_ps((float *)p->y + place, mask, real);
     }
   }
 }
@@ -76,11 +87,12 @@ static const int32_t *unsigned_rows(const Product *p, int64_t first, int64_t row
     if (!held) abort();
     size = bytes;
   }
+  int64_t depth = p->depth, filled = p->fours * 4;
   for (int64_t m = 0; m < rows; m++) {
-    const int8_t *from = p->x + (first + m) * p->depth;
-    uint8_t *to = held + m * p->fours * 4;
-    for (int64_t k = 0; k < p->depth; k++) to[k] = (uint8_t)from[k] ^ 0x80;
-    for (int64_t k = p->depth; k < p->fours * 4; k++) to[k] = 0;
+    const int8_t *restrict from = p->x + (first + m) * depth;
+    uint8_t *restrict to = held + m * filled;
+    for (int64_t k = 0; k < depth; k++) to[k] = (uint8_t)from[k] ^ 0x80;
+    for (int64_t k = depth; k < filled; k++) to[k] = 0;
   }
   return (const int32_t *)held;
 }
@@ -96,12 +108,17 @@ static void compute_item(const void *data, int item) {
   }
 }
 
-// Operands: x[m, k], packed weights, offsets[panel · PANEL] = −128 Σ w. Result: y[m, n].
+// Operands: x[m, k], packed weights, offsets[panel · PANEL], then scale[panel · PANEL] and shift[panel · PANEL] if any.
+// Attribute `clamp` is float {low, high}. Result: y[m, n].
 XLA_FFI_Error *jaxinfer_integer(XLA_FFI_CallFrame *call) {
   if (call_answers_version(call)) return NULL;
   const XLA_FFI_Buffer *x = call_operand(call, 0), *w = call_operand(call, 1), *y = call_result(call, 0);
+  const float *clamp = call_array(call, "clamp", NULL);
   Product p = {
       .x = x->data, .w = w->data, .offsets = call_operand(call, 2)->data, .y = y->data,
+      .scale = call->args.size > 3 ? call_operand(call, 3)->data : NULL,
+      .shift = call->args.size > 3 ? call_operand(call, 4)->data : NULL,
+      .low = clamp[0], .high = clamp[1],
       .rows = x->dims[0], .depth = x->dims[1], .columns = y->dims[1],
       .panels = w->dims[0], .fours = w->dims[1],
   };

@@ -3,7 +3,7 @@
 Forms are timed as programs of their own, in which small ones run several times one after the other: starting a program
 takes longer than many a product. Where ranges are static, an integer form takes codes and hands codes on, as within a
 segment of such layers, and the floating-point forms are timed twice: among their like, and between codes that they have
-to read and write.
+to read and write. Each is timed as it is, and with the kernels that `optimize` puts in the place of products.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinfer import _jax
 from jaxinfer.analysis.weights import Weights, bound
-from jaxinfer.graph import trace_function
+from jaxinfer.graph import emit, trace, trace_function
 from jaxinfer.graph.node import param_key, params_key
+from jaxinfer.native import library
 from jaxinfer.quantization import integer
 from jaxinfer.quantization.activations import Codes, Static
 from jaxinfer.quantization.forms import FLOAT, TURNED, Use, apply, forms_of, real
@@ -27,6 +29,7 @@ from jaxinfer.quantization.layers import Layer
 from jaxinfer.quantization.rows import columns, count, is_rows, result, rows
 from jaxinfer.quantization.scheme import Scheme
 from jaxinfer.quantization.tensor import Quantized, quantize_array
+from jaxinfer.rewriting import Rewriter, fold, load_rules, within
 from jaxinfer.search.cache import Store, key
 from jaxinfer.search.device import environment_key
 from jaxinfer.search.measure import compare, time_candidates
@@ -36,13 +39,14 @@ _BUDGET_S = 0.5
 _SAMPLE_S = 3e-3
 _PAIRS_S = 1.0
 # Figures taken in another way are no timings to compare with: to be raised when what is timed around a form changes.
-_WAY = 2
+_WAY = 3
 # Multiply-adds of one call, about a millisecond's.
 _WORK = 1 << 27
 _MOST_REPEATS = 8
 # Products with more entries of activations than this run once in a call.
 _MOST_MOVED = 1 << 20
 BETWEEN = "float between codes"
+_BY_KERNEL = ", by kernel"
 # Weights of more bytes than this do not stay in a processor's caches from one call to the next.
 _CACHE_BYTES = 32 << 20
 _MOST_COPIES = 32
@@ -102,7 +106,7 @@ class Timings:
                 self._cache.put(name, stored)
         found: dict[str, float] = {}
         for form, seconds in stored.items():
-            kind = next((k for k in (BETWEEN, FLOAT) if form.startswith(f"{k} ")), form)
+            kind = next((k for k in (BETWEEN, FLOAT) if form.startswith(f"{k} ")), form.removesuffix(_BY_KERNEL))
             found[kind] = min(seconds, found.get(kind, seconds))
         return found
 
@@ -137,7 +141,38 @@ def _candidates(layer: Layer, scheme: Scheme) -> dict[str, _Candidate]:
         fun = _quantized(layer, scheme, form, static)
         run = fun if static is None else _on_codes(fun, static, operand.dtype)
         found[form] = _Candidate(run, handed, _lying(layer, scheme, form, array))
+    plain = {f"{FLOAT} plain": _Candidate(_plain(layer), x, array)}
+    if static is not None:
+        plain[f"{BETWEEN} plain"] = _Candidate(_on_codes(_plain(layer), static, operand.dtype), handed, array)
+    for name, candidate in {**plain, **found}.items():
+        by_kernel = _with_kernels(candidate)
+        if by_kernel is not None:
+            found[name + _BY_KERNEL] = by_kernel
     return found
+
+
+def _with_kernels(candidate: _Candidate) -> _Candidate | None:
+    """The same with kernels in the place of its products, if there are any for them."""
+    if library() is None:
+        return None
+    x, (leaves, tree) = jax.eval_shape(candidate.x), jax.tree.flatten(candidate.weights())
+    jaxpr = _jax.make_jaxpr(
+        lambda x, *leaves: jax.tree.leaves(candidate.run(x, jax.tree.unflatten(tree, leaves))),
+        [*map(_jax.abstract, (x, *leaves))],
+    )
+    graph = trace(jaxpr, dict(enumerate(leaves, 1)))
+    rules = within(load_rules(), "reassociate", jax.default_backend())
+    rewriter = Rewriter([r for r in rules if r.native])
+    offers = rewriter.offers(graph)
+    if not offers:
+        return None
+    changed = fold(rewriter.apply(graph, {node: forms[-1] for node, forms in offers.items()}))
+    shape = jax.tree.structure(jax.eval_shape(candidate.run, x, jax.eval_shape(candidate.weights)))
+
+    def run(x: Any, weights: Any) -> Any:
+        return jax.tree.unflatten(shape, emit(changed)(weights, x))
+
+    return _Candidate(run, candidate.x, lambda: [w.value for w in changed.weights])
 
 
 def _lying(layer: Layer, scheme: Scheme, form: str, array: Callable[[], Any]) -> Callable[[], Quantized]:
@@ -163,7 +198,9 @@ def _name(candidates: Mapping[str, _Candidate], times: int, repeats: int) -> str
     prints = {form: _fingerprint(candidate) for form, candidate in candidates.items()}
     if None in prints.values():
         return None
-    return key("quantized product", _WAY, environment_key(""), times, repeats, sorted(prints.items()))
+    kernels = library()
+    environment = [environment_key(""), kernels and kernels.digest]
+    return key("quantized product", _WAY, environment, times, repeats, sorted(prints.items()))
 
 
 def _fingerprint(candidate: _Candidate) -> str | None:
@@ -243,15 +280,22 @@ def columns_first(layer: Layer, array: Any) -> Any:
     return jnp.array(lax.transpose(columns(read.node, read.side, read.move(array)), (1, 0)))
 
 
-def _float_forms(layer: Layer) -> dict[str, Callable[..., Any]]:
-    """Ways to compute the product in floating point, those that an optimizer would try."""
+def _plain(layer: Layer) -> Callable[..., Any]:
+    """The product as it is written."""
     read = layer.reads[0]
-    node, side = read.node, read.side
 
     def plain(x: Any, w: Any) -> Any:
         w = read.move(w)
         x = real(x)
-        return bound(node, [x, w] if side else [w, x])
+        return bound(read.node, [x, w] if read.side else [w, x])
+
+    return plain
+
+
+def _float_forms(layer: Layer) -> dict[str, Callable[..., Any]]:
+    """Ways to compute the product in floating point, those that an optimizer would try."""
+    read = layer.reads[0]
+    node, side = read.node, read.side
 
     def product(x: Any, w: Any) -> Any:
         return result(node, side, jnp.matmul(rows(node, side, real(x)), columns(node, side, read.move(w))))
@@ -262,7 +306,7 @@ def _float_forms(layer: Layer) -> dict[str, Callable[..., Any]]:
     def shifts(x: Any, w: Any) -> Any:
         return integer.depthwise(real(x), read.move(w), node.params)
 
-    found = {"plain": plain}
+    found = {"plain": _plain(layer)}
     if integer.is_pointwise(node):
         found["product"] = product
     if is_rows(node) and count(node, side) <= _FEW_ROWS:

@@ -73,7 +73,7 @@ def test_exports_are_in_jaxs_own_operations():
 def rewritten(function, *arrays, known):
     jaxpr = jax.make_jaxpr(function)(*arrays)
     graph = trace(jaxpr, {i: a for i, a in enumerate(arrays) if i in known})
-    rewriter = Rewriter(RULES)
+    rewriter = Rewriter([r for r in RULES if r.name == "packed-integers"])
     return fold(rewriter.apply(graph, {node: found[0] for node, found in rewriter.offers(graph).items()}))
 
 
@@ -105,3 +105,49 @@ def test_what_is_left_alone():
     ):
         after = rewritten(function, x, w, known=known)
         assert not any(n.op == "integer_product" for n in after.walk())
+
+
+# -- as real numbers --------------------------------------------------------------------------------------------------
+
+
+def layer(x, w, zero, scale, shift, bias):
+    sums = lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32) - zero
+    return jnp.minimum(jnp.maximum((sums.astype(jnp.float32) * scale - shift) * 0.5 + bias, 0.0), 6.0)
+
+
+def real_rows(width):
+    rng = np.random.default_rng(7)
+    rows = [rng.normal(size=width).astype(np.float32) for _ in range(3)]
+    return rng.integers(-9, 9, (1, width)).astype(np.int32), rows[0] / 10_000, rows[1], rows[2]
+
+
+def with_real(function, *arrays):
+    jaxpr = jax.make_jaxpr(function)(*arrays)
+    graph = trace(jaxpr, {i: a for i, a in enumerate(arrays) if i})
+    rewriter = Rewriter([r for r in RULES if r.name == "packed-integers-real"])
+    return fold(rewriter.apply(graph, {node: found[0] for node, found in rewriter.offers(graph).items()}))
+
+
+@pytest.mark.parametrize("rows", [2, 14, 45])
+def test_scales_shifts_and_bounds_go_along(rows):
+    x, w, terms = numbers(rows, 90), numbers(90, 150, seed=1), real_rows(150)
+    after = with_real(layer, x, w, *terms)
+    work = [n.op for n in after.walk() if n not in after.known and n.op not in ("input", "const", "reshape")]
+    assert work == ["integer_product"]
+    (have,) = run(after, {}, x)
+    zero, scale, shift, bias = (np.asarray(t, np.float64) for t in terms)
+    want = np.clip(((exact(x, w) - zero) * scale - shift) * 0.5 + bias, 0.0, 6.0)
+    np.testing.assert_allclose(have, want, atol=2e-5)
+
+
+def test_what_is_needed_by_itself_ends_the_chain():
+    x, w, (zero, scale, *_) = numbers(20, 90), numbers(90, 150, seed=1), real_rows(150)
+
+    def both(x, w, zero, scale):
+        real = contracted((((1,), (0,)), ((), ())))(x, w).astype(jnp.float32)
+        return real * scale, real.sum(), jnp.maximum(real, x[:1, :1].astype(jnp.float32))
+
+    after = with_real(both, x, w, zero, scale)
+    assert sum(n.op == "integer_product" for n in after.walk()) == 1
+    for have, want in zip(run(after, {}, x), both(x, w, zero, scale), strict=True):
+        np.testing.assert_allclose(have, want, rtol=1e-6)
