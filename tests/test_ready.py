@@ -39,7 +39,7 @@ def by_hand(x=X, scale=2.0):
 
 
 def frozen(fun=network, **options):
-    return autoinfer.optimize(fun, tune=2.0, **options).freeze(A, B, C, BIAS)
+    return autoinfer.optimize(fun, tune=20.0, **options).freeze(A, B, C, BIAS)
 
 
 def use(folder, monkeypatch):
@@ -135,7 +135,7 @@ PROGRAM = """
         step = lambda h, row: (jnp.tanh(row @ kernel + h @ recurrent), h.sum())
         return z, jax.lax.scan(step, jnp.zeros(96), y[0, 0])
 
-    fast = autoinfer.optimize(fun, tune=4.0).freeze(depthwise, deep, kernel, recurrent)
+    fast = autoinfer.optimize(fun, tune=20.0).freeze(depthwise, deep, kernel, recurrent)
     results = [np.asarray(r).tobytes().hex() for r in jax.tree.leaves(fast(x))]
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
@@ -245,8 +245,8 @@ def test_modules():
             return self.a @ self.b @ self.a @ x
 
     layer = Layer(A, B, "layer")
-    want = autoinfer.optimize(layer, tune=2.0).freeze()(X)
-    second = autoinfer.optimize(layer, tune=2.0).freeze()
+    want = autoinfer.optimize(layer, tune=20.0).freeze()(X)
+    second = autoinfer.optimize(layer, tune=20.0).freeze()
     assert_same(second(X), want)
     assert is_loaded(second._inner)
 
