@@ -447,9 +447,8 @@ def serialize(compiled: jax.stages.Compiled) -> Code | None:
 
     None for a program that is more than its code: one with callbacks, effects, Refs or several devices, or one that
     calls another library than our own (LAPACK's kernels, for one, are made ready when a program is lowered, which
-    loading leaves out). To
-    be called before the program has run for the first time: XLA then puts functions of its own in the place of what
-    a sort compares by, and cannot write those down.
+    loading leaves out). To be called before the program has run for the first time: XLA then puts functions of its own
+    in the place of what a sort compares by, and cannot write those down.
     """
     unloaded: Any = getattr(compiled._executable, "_unloaded_executable", None)
     if unloaded is None or len(unloaded.device_list) != 1 or compiled._params.const_args:

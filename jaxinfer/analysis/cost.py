@@ -24,8 +24,6 @@ MOVES = frozenset(
     "rev select_n slice split squeeze stack tile transpose expand_dims bitcast_convert_type stop_gradient "
     "copy_p real imag device_put optimization_barrier".split()
 )
-# How much longer a kernel of this project is estimated to take than its work would.
-_UNMEASURED = 2.0
 # Operations that XLA's fusions cannot swallow: each reads its operands from memory and writes its results.
 _UNFUSED = KERNELS | frozenset(
     "dot_general conv_general_dilated scan while cond sort top_k fft cholesky triangular_solve lu qr eigh svd "
@@ -152,9 +150,8 @@ def _node_seconds(graph: Graph, node: Node, rates: Rates, platform: str) -> floa
     if node.op == "dot_general":
         return max(work / rates.dot_rate(node.inputs[0].dtype), memory) + rates.launch_s
     if node.op in KERNELS:
-        # Never better than what XLA has for it, so long as it was not measured.
         rate = rates.vector if node.op == "depthwise_convolution" else rates.dot_rate(node.inputs[0].dtype)
-        return _UNMEASURED * max(work / rate, memory) + rates.launch_s
+        return max(work / rate, memory) + rates.launch_s
     if node.op == "conv_general_dilated":
         kind = platform if platform in _CONVOLUTION_SHARE else "gpu"
         share = _CONVOLUTION_SHARE[kind][node.params["feature_group_count"] > 1]

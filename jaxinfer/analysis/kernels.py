@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 
 from jaxinfer.graph import Graph, Node
-
-# The names that their primitives are registered under, see `jaxinfer.native`.
-KERNELS = frozenset({"packed_convolution", "depthwise_convolution", "integer_product", "vector_loop"})
+from jaxinfer.native import KERNELS
 
 
 def uses_kernels(graph: Graph) -> bool:

@@ -9,9 +9,13 @@ from jaxinfer.native.convolution import Tail, Window, depthwise_convolution, pac
 from jaxinfer.native.integer import integer_offsets, integer_product, pack_integers
 from jaxinfer.native.library import TARGETS, Library, library, why_missing
 from jaxinfer.native.loop import Instruction, Place, VectorLoop, vector_loop
-from jaxinfer.native.primitive import exports_with_kernels, is_portable
+from jaxinfer.native.primitive import NAMES, exports_with_kernels, is_portable
+
+# What rules and reports know the kernels by.
+KERNELS = frozenset(NAMES)
 
 __all__ = [
+    "KERNELS",
     "TARGETS",
     "Instruction",
     "Library",

@@ -7,17 +7,14 @@
 // A tile is up to TILE_ROWS pixels times one panel, all in registers. What a tile reads of one row of its window lies
 // together in memory where the window is not dilated; pixels at an edge read a copy with zeros around.
 
-#include <stdlib.h>
-
 #include "call.h"
+#include "grid.h"
 #include "result.h"
 #include "row.h"
 #include "team.h"
 #include "vector.h"
 #include "vector_math.h"
 
-// Tiles are handed out one by one, or several together where there are more than so many.
-#define MOST_ITEMS 512
 // Multiplications that are worth another thread: it is told of them in the time that a core takes for so many.
 #define WORK_PER_THREAD 50000
 
@@ -31,12 +28,9 @@ typedef struct {
   int64_t pool[2];       // a pixel of y is the largest of so many times so many results
   int64_t members;       // of a pool
   int64_t pixels;        // of y, all images together
-  int64_t panels;        // of the weights
   int64_t line;          // pixels that tiles may be cut from: all of y, or where there are pools a row of it
   int64_t line_tiles;    // it is cut into so many
-  int64_t tiles;         // of all lines
-  int64_t together;      // tiles of one item
-  int64_t parts;         // the panels of an item are done in so many parts
+  Grid grid;             // the tiles of all lines, and the panels of the weights
   int64_t runs, length;  // a window is so many runs of so many numbers that lie together
   bool plain;            // windows of one pixel, next to each other as those of x are
 } Convolution;
@@ -192,25 +186,12 @@ static void find_runs(const Convolution *c, int64_t first, int64_t pixels, const
   }
 }
 
-// Memory of a thread for the runs of one tile, kept for the next one.
-static void *scratch(size_t bytes) {
-  static __thread void *held;
-  static __thread size_t size;
-  if (bytes > size) {
-    free(held);
-    held = malloc(bytes);
-    if (!held) abort();
-    size = bytes;
-  }
-  return held;
-}
-
 static void compute_panels(const Convolution *c, int64_t tile, int64_t from, int64_t to) {
   int64_t line = tile / c->line_tiles, part = tile % c->line_tiles;
   int64_t first = c->line * part / c->line_tiles, count = c->line * (part + 1) / c->line_tiles - first;
   first += line * c->line;
   size_t pointers = c->runs * TILE_ROWS;
-  const float **x = scratch(pointers * sizeof *x + (pointers + 1) * c->length * sizeof(float));
+  const float **x = team_memory(pointers * sizeof *x + (pointers + 1) * c->length * sizeof(float));
   float *zeros = (float *)(x + pointers);
   if (!c->plain) memset(zeros, 0, c->length * sizeof(float));
   find_runs(c, first, count, x, zeros + c->length, zeros);
@@ -220,11 +201,10 @@ static void compute_panels(const Convolution *c, int64_t tile, int64_t from, int
   }
 }
 
-static void compute_item(const void *data, int item) {
+static void compute_item(const void *data, int number) {
   const Convolution *c = data;
-  int64_t part = item % c->parts, first = item / c->parts * c->together;
-  for (int64_t tile = first; tile < first + c->together && tile < c->tiles; tile++)
-    compute_panels(c, tile, c->panels * part / c->parts, c->panels * (part + 1) / c->parts);
+  Item item = grid_item(&c->grid, number);
+  for (int64_t tile = item.tile; tile < item.last_tile; tile++) compute_panels(c, tile, item.panel, item.last_panel);
 }
 
 // Operands: x[n, h, w, k], packed weights[panel, a, b, k, PANEL], then bias[panel · PANEL] and addend[n, i, j, c] if any.
@@ -242,9 +222,8 @@ XLA_FFI_Error *jaxinfer_convolution(XLA_FFI_CallFrame *call) {
       .stride = {window[0], window[1]}, .before = {window[2], window[3]}, .dilation = {window[4], window[5]},
       .pool = {pool[0], pool[1]}, .members = pool[0] * pool[1],
       .pixels = y->dims[0] * y->dims[1] * y->dims[2],
-      .panels = w->dims[0],
   };
-  if (!c.pixels || !c.panels) return NULL;
+  if (!c.pixels) return NULL;
   bool together = c.dilation[1] == 1;
   c.runs = together ? c.rows : c.rows * c.columns;
   c.length = together ? c.columns * c.depth : c.depth;
@@ -253,13 +232,10 @@ XLA_FFI_Error *jaxinfer_convolution(XLA_FFI_CallFrame *call) {
   int64_t tile = TILE_ROWS / c.members;
   c.line = c.members > 1 ? c.out_width : c.pixels;
   c.line_tiles = (c.line + tile - 1) / tile;
-  c.tiles = c.pixels / c.line * c.line_tiles;
-  c.parts = c.tiles >= 16 ? 1 : (16 + c.tiles - 1) / c.tiles;
-  if (c.parts > c.panels) c.parts = c.panels;
-  c.together = (c.tiles + MOST_ITEMS - 1) / MOST_ITEMS;
-  int64_t groups = (c.tiles + c.together - 1) / c.together;
-  int64_t work = c.pixels * c.members * c.out_depth * c.runs * c.length + c.panels * PANEL * c.runs * c.length * LANES / 4;
-  team_share(compute_item, &c, (int)(groups * c.parts), 1 + (int)(work / WORK_PER_THREAD));
+  c.grid = grid_of(c.pixels / c.line * c.line_tiles, w->dims[0]);
+  // Weights that are read for few pixels take longer.
+  int64_t work = (c.pixels * c.members + LANES / 4) * c.out_depth * c.runs * c.length;
+  team_share(compute_item, &c, grid_items(&c.grid), 1 + (int)(work / WORK_PER_THREAD));
   return NULL;
 }
 

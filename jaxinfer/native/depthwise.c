@@ -3,14 +3,13 @@
 // y[n, i, j, c] = clamp(Σ x[n, i·s + a·d − p, j·s + b·d − p, c] · w[a, b, c] + bias[c] + addend[n, i, j, c]), channels last.
 
 #include "call.h"
+#include "grid.h"
 #include "result.h"
 #include "team.h"
 #include "vector.h"
 
 // Pixels of a row of the result that are computed together, so that what they read is read once for all of them.
 #define TOGETHER 4
-// Rows of the result are handed out one by one, or several together where there are more than so many.
-#define MOST_ITEMS 512
 // Multiplications that are worth another thread.
 #define WORK_PER_THREAD 20000
 // Of windows whose pixels are computed together.
@@ -24,8 +23,7 @@ typedef struct {
   int64_t rows, columns;          // of the window
   int64_t stride[2], before[2], dilation[2];
   int64_t inner_from, inner_to;   // pixels of a row whose whole window lies between left and right edge
-  int64_t lines;                  // rows of y, all images together
-  int64_t together;               // lines of one item
+  Grid grid;                      // a tile is a row of y
 } Depthwise;
 
 // Rows of the window that lie within the image, for one row of the result.
@@ -116,10 +114,10 @@ static void compute_line(const Depthwise *c, int64_t number) {
   }
 }
 
-static void compute_item(const void *data, int item) {
+static void compute_item(const void *data, int number) {
   const Depthwise *c = data;
-  int64_t first = item * c->together;
-  for (int64_t line = first; line < first + c->together && line < c->lines; line++) compute_line(c, line);
+  Item item = grid_item(&c->grid, number);
+  for (int64_t line = item.tile; line < item.last_tile; line++) compute_line(c, line);
 }
 
 // Operands: x[n, h, w, c], w[a, b, c], then bias[c] and addend[n, i, j, c] if any. Attribute `window` is int64
@@ -134,15 +132,13 @@ XLA_FFI_Error *jaxinfer_depthwise(XLA_FFI_CallFrame *call) {
       .out_height = y->dims[1], .out_width = y->dims[2],
       .rows = w->dims[0], .columns = w->dims[1],
       .stride = {window[0], window[1]}, .before = {window[2], window[3]}, .dilation = {window[4], window[5]},
-      .lines = y->dims[0] * y->dims[1],
+      .grid = grid_of(y->dims[0] * y->dims[1], 1),
   };
   c.inner_from = (c.before[1] + c.stride[1] - 1) / c.stride[1];
   int64_t last = c.width - 1 + c.before[1] - (c.columns - 1) * c.dilation[1];
   c.inner_to = last < 0 ? 0 : last / c.stride[1] + 1;
   if (c.inner_to > c.out_width) c.inner_to = c.out_width;
-  c.together = (c.lines + MOST_ITEMS - 1) / MOST_ITEMS;
-  int64_t items = c.together ? (c.lines + c.together - 1) / c.together : 0;
-  int64_t work = c.lines * c.out_width * c.depth * c.rows * c.columns;
-  team_share(compute_item, &c, (int)items, 1 + (int)(work / WORK_PER_THREAD));
+  int64_t work = c.grid.tiles * c.out_width * c.depth * c.rows * c.columns;
+  team_share(compute_item, &c, grid_items(&c.grid), 1 + (int)(work / WORK_PER_THREAD));
   return NULL;
 }

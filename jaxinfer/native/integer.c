@@ -7,12 +7,12 @@
 #include <stdlib.h>
 
 #include "call.h"
+#include "grid.h"
 #include "team.h"
 #include "vector.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-#define MOST_ITEMS 512
 // Multiplications that are worth another thread.
 #define WORK_PER_THREAD 200000
 
@@ -23,11 +23,8 @@ typedef struct {
   const float *scale, *shift;  // NULL without
   float low, high;
   int64_t rows, depth, columns;
-  int64_t fours;     // the depth in groups of four, the last one filled up
-  int64_t panels;    // of the weights
-  int64_t tiles;     // rows are done in so many tiles
-  int64_t together;  // tiles of one item
-  int64_t parts;     // the panels of an item are done in so many parts
+  int64_t fours;  // the depth in groups of four, the last one filled up
+  Grid grid;      // tiles of rows, and the panels of the weights
 } Product;
 
 INLINE void compute_tile(const Product *p, const int rows, const int32_t *x, int64_t first, int64_t panel) {
@@ -60,7 +57,8 @@ INLINE void compute_tile(const Product *p, const int rows, const int32_t *x, int
       }
       __m512 scale = _mm512_loadu_ps(p->scale + column), shift = _mm512_loadu_ps(p->shift + column);
       __m512 real = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[m][v]), scale, shift);
-      real = _mm512_min_ps(_mm512_max_ps(real, _mm512_set1_ps(p->low)), _mm512_set1_ps(p->high));
+      // Of a NaN and another number these give the second operand, so that a NaN stays one.
+      real = _mm512_min_ps(_mm512_set1_ps(p->high), _mm512_max_ps(_mm512_set1_ps(p->low), real));
       _mm512_mask_storeu_ps((float *)p->y + place, mask, real);
     }
   }
@@ -76,18 +74,10 @@ static void compute(const Product *p, int rows, const int32_t *x, int64_t first,
   }
 }
 
-// Rows of x as unsigned bytes in whole groups of four; memory of a thread, kept for the next tile.
+// Rows of x as unsigned bytes in whole groups of four.
 static const int32_t *unsigned_rows(const Product *p, int64_t first, int64_t rows) {
-  static __thread uint8_t *held;
-  static __thread size_t size;
-  size_t bytes = TILE_ROWS * p->fours * 4;
-  if (bytes > size) {
-    free(held);
-    held = malloc(bytes);
-    if (!held) abort();
-    size = bytes;
-  }
   int64_t depth = p->depth, filled = p->fours * 4;
+  uint8_t *held = team_memory(TILE_ROWS * filled);
   for (int64_t m = 0; m < rows; m++) {
     const int8_t *restrict from = p->x + (first + m) * depth;
     uint8_t *restrict to = held + m * filled;
@@ -97,14 +87,13 @@ static const int32_t *unsigned_rows(const Product *p, int64_t first, int64_t row
   return (const int32_t *)held;
 }
 
-static void compute_item(const void *data, int item) {
+static void compute_item(const void *data, int number) {
   const Product *p = data;
-  int64_t part = item % p->parts, begin = item / p->parts * p->together;
-  for (int64_t tile = begin; tile < begin + p->together && tile < p->tiles; tile++) {
-    int64_t first = p->rows * tile / p->tiles, rows = p->rows * (tile + 1) / p->tiles - first;
+  Item item = grid_item(&p->grid, number);
+  for (int64_t tile = item.tile; tile < item.last_tile; tile++) {
+    int64_t first = p->rows * tile / p->grid.tiles, rows = p->rows * (tile + 1) / p->grid.tiles - first;
     const int32_t *x = unsigned_rows(p, first, rows);
-    for (int64_t panel = p->panels * part / p->parts; panel < p->panels * (part + 1) / p->parts; panel++)
-      compute(p, (int)rows, x, first, panel);
+    for (int64_t panel = item.panel; panel < item.last_panel; panel++) compute(p, (int)rows, x, first, panel);
   }
 }
 
@@ -120,15 +109,11 @@ XLA_FFI_Error *jaxinfer_integer(XLA_FFI_CallFrame *call) {
       .shift = call->args.size > 3 ? call_operand(call, 4)->data : NULL,
       .low = clamp[0], .high = clamp[1],
       .rows = x->dims[0], .depth = x->dims[1], .columns = y->dims[1],
-      .panels = w->dims[0], .fours = w->dims[1],
+      .fours = w->dims[1],
+      .grid = grid_of((x->dims[0] + TILE_ROWS - 1) / TILE_ROWS, w->dims[0]),
   };
-  p.tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
-  p.together = (p.tiles + MOST_ITEMS - 1) / MOST_ITEMS;
-  p.parts = p.tiles >= 16 ? 1 : (16 + p.tiles - 1) / p.tiles;
-  if (p.parts > p.panels) p.parts = p.panels;
-  int64_t groups = (p.tiles + p.together - 1) / p.together;
   int64_t work = (p.rows + 8) * p.columns * p.depth;  // weights that are read for few rows take longer
-  team_share(compute_item, &p, (int)(groups * p.parts), 1 + (int)(work / WORK_PER_THREAD));
+  team_share(compute_item, &p, grid_items(&p.grid), 1 + (int)(work / WORK_PER_THREAD));
   return NULL;
 }
 

@@ -18,6 +18,8 @@ from jaxinfer import _jax
 from jaxinfer._jax import ad, batching, mlir
 from jaxinfer.native.library import library
 
+# The names of all there are.
+NAMES: list[str] = []
 _with_kernels = contextvars.ContextVar("exports with kernels", default=False)
 
 
@@ -58,6 +60,7 @@ def kernel_primitive(
     primitive = _jax.Primitive(name)
     primitive.multiple_results = multiple_results
     _jax.register_operation(primitive, name)
+    NAMES.append(name)
     lowered_plain = mlir.lower_fun(plain, multiple_results=multiple_results)
 
     def lowered(ctx: Any, *operands: Any, **params: Any) -> Any:

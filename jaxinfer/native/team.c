@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -179,4 +180,16 @@ void team_share(Work *todo, const void *data, int items, int threads) {
   take_part(0, number);
   while (atomic_load_explicit(&finished, memory_order_acquire) < items) relax();
   pthread_mutex_unlock(&in_use);
+}
+
+void *team_memory(size_t bytes) {
+  static __thread void *held;
+  static __thread size_t size;
+  if (bytes > size) {
+    free(held);
+    held = malloc(bytes);
+    if (!held) abort();
+    size = bytes;
+  }
+  return held;
 }

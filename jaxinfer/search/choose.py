@@ -177,8 +177,11 @@ def _settle(site: _Site, policy: Policy) -> tuple[Choice, float]:
         best = min(measured, key=measured.__getitem__)
         old, new = measured["original"], measured[best]
     else:
-        best = min(site.estimates, key=site.estimates.__getitem__)
-        old, new = site.estimates["original"], site.estimates[best]
+        # What a kernel brings depends on the machine: it is taken where it was timed, and nowhere else.
+        estimates = {n: s for n, s in site.estimates.items() if not uses_kernels(site.forms[n])}
+        estimates.setdefault("original", site.estimates["original"])
+        best = min(estimates, key=estimates.__getitem__)
+        old, new = estimates["original"], estimates[best]
     chosen = best if new < _MARGIN[source] * old else "original"
     candidates = {n: (measured.get(n), estimate) for n, estimate in site.estimates.items()}
     return Choice(describe(site.nodes[0]), candidates, chosen, source, len(site.nodes)), old - new

@@ -18,12 +18,11 @@ from jax import export
 from jax.tree_util import SequenceKey
 
 from jaxinfer import _jax
-from jaxinfer.analysis.kernels import KERNELS
 from jaxinfer.arguments import Options
 from jaxinfer.call import PLATFORMS
 from jaxinfer.graph import emit, trace
 from jaxinfer.graph.node import INLINE_ELEMENTS
-from jaxinfer.native import TARGETS, exports_with_kernels, library
+from jaxinfer.native import KERNELS, TARGETS, exports_with_kernels, library
 from jaxinfer.optimized import Optimized
 from jaxinfer.pipeline import platform_now
 from jaxinfer.settled_call import PlatformProgram, SettledCall

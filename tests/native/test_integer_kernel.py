@@ -151,3 +151,10 @@ def test_what_is_needed_by_itself_ends_the_chain():
     assert sum(n.op == "integer_product" for n in after.walk()) == 1
     for have, want in zip(run(after, {}, x), both(x, w, zero, scale), strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-6)
+
+
+def test_a_nan_among_scales_stays_one():
+    x, w, (zero, scale, shift, bias) = numbers(20, 90), numbers(90, 150, seed=1), real_rows(150)
+    scale[3] = np.nan
+    (have,) = run(with_real(layer, x, w, zero, scale, shift, bias), {}, x)
+    assert np.isnan(have[:, 3]).all() and np.isfinite(np.delete(have, 3, 1)).all()

@@ -16,11 +16,14 @@ from jax import export, lax
 
 from jaxinfer import autoinfer, judge
 from jaxinfer.analysis.kernels import uses_kernels
+from jaxinfer.graph import trace
 from jaxinfer.pipeline import Settings
 from jaxinfer.rewrites import RULES as REGISTERED
 from jaxinfer.rewrites import native_kernels
+from jaxinfer.rewriting import Rewriter
 from jaxinfer.search import choose as choosing
 from jaxinfer.search.cache import default_cache
+from jaxinfer.search.device import default_peaks
 from jaxinfer.search.measure import PairedRatio
 from jaxinfer.storage import loading
 
@@ -255,3 +258,19 @@ def test_what_was_settled_with_kernels_is_not_run_without(tmp_path):
     for found_before in (False, True):
         assert process(tmp_path) == [True, found_before, True]
         assert process(tmp_path, JAXINFER_NATIVE="off") == [False, found_before, False]
+
+
+def test_what_was_not_timed_is_no_kernel():
+    """Estimates say nothing of this machine's kernels, loops among them."""
+
+    def loop(w, xs):
+        return lax.scan(lambda h, x: (jnp.tanh(h @ w + x), h), xs[0], xs)
+
+    w, xs = random(64, 64) / 8, random(9, 1, 64)
+    for function, known, x in ((network, WEIGHTS, X), (loop, w, xs)):
+        graph = trace(jax.make_jaxpr(lambda x, f=function, k=known: f(k, x))(x))
+        rewriter = Rewriter(r for r in REGISTERED if r.native)
+        offers = rewriter.offers(graph)
+        assert offers
+        chosen, choices = choosing.choose(graph, offers, choosing.Policy("cpu", default_peaks("cpu")))
+        assert not chosen and {c.chosen for c in choices} == {"original"}
