@@ -45,9 +45,9 @@ _WORK = 1 << 27
 _MOST_REPEATS = 8
 # Products with more entries of activations than this run once in a call.
 _MOST_MOVED = 1 << 20
-# Forms that take rows apart first, and what it takes to start operations that a program of one product has not.
+# Forms of several small operations. In a program of one product starting those took 40 µs, which repeats hide.
 _SEVERAL = ("digits", "multiply and sum")
-_STARTING_S = 2e-5
+_STARTING_S = 5e-5
 BETWEEN = "float between codes"
 _BY_KERNEL = ", by kernel"
 # Weights of more bytes than this do not stay in a processor's caches from one call to the next.
